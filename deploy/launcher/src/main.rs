@@ -1,0 +1,2 @@
+//! The Phalanx binary.
+fn main() {}
