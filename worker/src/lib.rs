@@ -1,1 +1,17 @@
-//! Under construction.
+//! One rank of a group: loads its shard of a gpt-oss model, executes plans in order, reports sampled tokens.
+//!
+//! | module | turns |
+//! | --- | --- |
+//! | [`model`] | a batch into logits, over [`backend`] and [`collective`] |
+//! | [`sampler`] | sharded logits into tokens |
+//! | [`checkpoint`] | byte ranges of files into tensors of this rank's shard |
+//! | [`backend`] | operations on tensors: `reference` (slow, readable), `cpu` (fast) |
+//! | [`collective`] | sums and exchanges between the ranks of a group |
+//!
+//! It decides nothing, reads no clock that changes what it does, and knows no text, no request and no HTTP.
+
+pub mod backend;
+pub mod checkpoint;
+pub mod collective;
+pub mod model;
+pub mod sampler;
