@@ -1,1 +1,7 @@
-//! Under construction.
+//! Turns requests into plans, and moves every rank of a group through them in lockstep.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`planner`] | what each rank of a group will hold, from headers alone |
+
+pub mod planner;
