@@ -2,6 +2,7 @@
 //!
 //! | module | turns |
 //! | --- | --- |
+//! | [`sequences`] | plans into flat batches: tokens, positions, block tables |
 //! | [`model`] | a batch into logits, over [`backend`] and [`collective`] |
 //! | [`sampler`] | sharded logits into tokens |
 //! | [`checkpoint`] | byte ranges of files into tensors of this rank's shard |
@@ -15,3 +16,4 @@ pub mod checkpoint;
 pub mod collective;
 pub mod model;
 pub mod sampler;
+pub mod sequences;
