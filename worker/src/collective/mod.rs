@@ -31,6 +31,14 @@ pub enum CollectiveError {
         /// What the system said.
         message: String,
     },
+    /// What a rank said about itself before the group formed is unreadable or belongs to another formation.
+    #[error("the rendezvous of rank {rank} is unusable: {message}")]
+    Rendezvous {
+        /// Whose it is.
+        rank: usize,
+        /// What is wrong with it.
+        message: String,
+    },
     /// Ranks called different operations or sizes; a bug.
     #[error("rank {rank} called {found}, expected {expected}")]
     Mismatch {
