@@ -1,0 +1,253 @@
+//! What the next plan computes.
+//!
+//! 1. Room: each running sequence, the foremost first, claims the blocks of its next token. Where they will not be there
+//!    even after the plans in flight, the hindmost sequence goes back to waiting.
+//! 2. Decodes: every running sequence that has a token to feed.
+//! 3. Prefills with what is left of the token budget, running and waiting ones together, by standing. They leave one block
+//!    to each decoding sequence. When one waits for room, nobody passes it.
+//!
+//! Whoever is foremost can always go on, so the engine cannot come to a standstill; and the oldest candidate goes first
+//! after it has been overtaken a few times, so nobody starves.
+
+use std::time::Duration;
+
+use phalanx_proto::{ids::SequenceId, plan::Plan};
+use rustc_hash::FxHashSet;
+
+use super::{
+    Engine,
+    kv::Blocks,
+    prefix::{BlockKey, Hit},
+    queue::Standing,
+    results::Flight,
+    sequence::Sequence,
+};
+
+/// Plans in a row in which the oldest candidate may be passed by others.
+const MAX_OVERTAKES: u32 = 8;
+
+/// A plan in the making.
+struct Draft {
+    plan: Plan,
+    /// Tokens that still go in.
+    budget: usize,
+    /// Nobody new is admitted: somebody waits for room.
+    closed: bool,
+    /// Blocks that prefills leave to decoding sequences.
+    headroom: Blocks,
+    /// Prefix blocks that this plan fills; later plans can share them, this one cannot.
+    filling: FxHashSet<BlockKey>,
+    /// Sequences that got a prefill slice.
+    prefilled: Vec<SequenceId>,
+}
+
+impl Engine {
+    /// Makes the next plan. `None`: the window is full, there is nothing to do, or no epoch is running.
+    pub fn next_plan(&mut self, now: Duration) -> Option<Plan> {
+        let epoch = self.epoch?;
+        if self.in_flight.len() >= self.config.window {
+            return None;
+        }
+        let plan = Plan { epoch, step: self.next_step, retire: Vec::new(), admit: Vec::new(), slices: Vec::new() };
+        let mut draft = Draft {
+            plan,
+            budget: self.config.max_num_batched_tokens,
+            closed: false,
+            headroom: Blocks::default(),
+            filling: FxHashSet::default(),
+            prefilled: Vec::new(),
+        };
+        draft.closed = self.make_room();
+        self.plan_decodes(&mut draft);
+        self.plan_prefills(&mut draft, now);
+        draft.plan.retire = std::mem::take(&mut self.retire);
+        if draft.plan.retire.is_empty() && draft.plan.slices.is_empty() {
+            return None;
+        }
+        self.launch(&draft.plan, now);
+        Some(draft.plan)
+    }
+
+    /// Preempts from the rear until the next token of everyone before has its blocks, now or once the plans in flight are
+    /// done. Returns whether anybody had to go.
+    fn make_room(&mut self) -> bool {
+        let running = self.running.len();
+        let mut claimed = Blocks::default();
+        let mut index = 0;
+        while let Some(standing) = self.running.get(index) {
+            index += 1;
+            if let Some(sequence) = self.sequences.get(&standing.sequence) {
+                claimed += sequence.next_need(self.kv.shape());
+            }
+            while self.running.len() > index && !(self.kv.available() + self.kv.pending()).covers(claimed) {
+                self.preempt_hindmost();
+            }
+        }
+        self.running.len() < running
+    }
+
+    /// Sends the last running sequence back to the queue. What was sampled for it in plans in flight still counts.
+    fn preempt_hindmost(&mut self) {
+        let Some(standing) = self.running.pop() else { return };
+        let Some(sequence) = self.sequences.get_mut(&standing.sequence) else { return };
+        let Some(run) = sequence.run.take() else { return };
+        self.kv.let_go_all(run.table, self.next_step);
+        sequence.preemptions += 1;
+        self.waiting.insert(sequence.standing());
+        self.retire.push(standing.sequence);
+        self.totals.preemptions += 1;
+    }
+
+    fn plan_decodes(&mut self, draft: &mut Draft) {
+        let mut decoding = 0;
+        for index in 0..self.running.len() {
+            let id = self.running[index].sequence;
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            decoding += usize::from(!sequence.is_prefilling());
+            if !sequence.can_decode() || draft.budget == 0 {
+                continue;
+            }
+            if !self.kv.available().covers(sequence.next_need(self.kv.shape())) {
+                draft.closed = true;
+                continue;
+            }
+            let end = sequence.run.as_ref().map_or(0, |run| run.planned + 1);
+            draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
+            draft.budget -= 1;
+        }
+        draft.headroom = self.kv.shape().each(decoding);
+    }
+
+    fn plan_prefills(&mut self, draft: &mut Draft, now: Duration) {
+        let prefilling: Vec<Standing> =
+            self.running.iter().copied().filter(|standing| self.is_prefilling(standing.sequence)).collect();
+        let oldest = prefilling.iter().map(|standing| standing.sequence).chain(self.waiting.oldest()).min();
+        if let Some(oldest) = oldest.filter(|_| self.overtakes >= MAX_OVERTAKES) {
+            draft.closed |= !self.prefill_or_admit(oldest, draft, now);
+        }
+        let mut prefilling = prefilling.into_iter().peekable();
+        while draft.budget > 0 {
+            let waiting = self.waiting.foremost().filter(|_| !draft.closed);
+            if let Some(running) = prefilling.next_if(|running| waiting.is_none_or(|waiting| *running < waiting)) {
+                draft.closed |= !self.plan_chunk(running.sequence, draft);
+            } else if let Some(waiting) = waiting {
+                draft.closed |= !self.admit(waiting.sequence, draft, now);
+            } else {
+                break;
+            }
+        }
+        // A plan in which nobody prefilled tells nothing.
+        if oldest.is_none_or(|oldest| draft.prefilled.contains(&oldest)) {
+            self.overtakes = 0;
+        } else if !draft.prefilled.is_empty() {
+            self.overtakes += 1;
+        }
+    }
+
+    fn is_prefilling(&self, id: SequenceId) -> bool {
+        self.sequences.get(&id).is_some_and(Sequence::is_prefilling)
+    }
+
+    fn prefill_or_admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
+        if self.is_prefilling(id) { self.plan_chunk(id, draft) } else { self.admit(id, draft, now) }
+    }
+
+    /// Gives a prefilling sequence as many positions as budget and blocks allow. Returns whether the blocks sufficed.
+    fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return true };
+        let Some(run) = &sequence.run else { return true };
+        if draft.prefilled.contains(&id) {
+            return true;
+        }
+        let shape = *self.kv.shape();
+        let wanted = run.prefill_end.min(run.planned + draft.budget);
+        let room = self.kv.available().minus(draft.headroom);
+        let (start, end) = (run.planned, wanted.min(run.table.reachable(&shape, room)));
+        if end <= start {
+            return false;
+        }
+        let filled = start / shape.block_size..end / shape.block_size;
+        draft.filling.extend(filled.filter_map(|index| sequence.keys.get(index)));
+        draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
+        draft.prefilled.push(id);
+        draft.budget -= end - start;
+        end == wanted
+    }
+
+    /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens.
+    fn admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
+        if self.running.len() >= self.config.max_num_seqs {
+            return false;
+        }
+        // Its last sampled tokens are still on their way: they belong to what it is admitted with.
+        if self.sequences.get(&id).is_none_or(|sequence| sequence.slices_in_flight > 0) {
+            return false;
+        }
+        let Some(hit) = self.look_up(id, draft) else { return false };
+        let promised = self.promised();
+        let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+        let reach = self.kv.shape().each(hit.blocks);
+        let need = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), sequence.tokens.len());
+        let room = self.kv.available().minus(hit.unreferenced).minus(promised);
+        if !room.covers(need + draft.headroom) {
+            return false;
+        }
+        let hit_tokens = hit.blocks * self.config.block_size;
+        if sequence.cached_tokens.is_none() && self.config.enable_prefix_caching && !sequence.must_compute_prompt() {
+            self.totals.prefix_cache_queries += sequence.tokens.len() as u64;
+            self.totals.prefix_cache_hits += hit_tokens as u64;
+        }
+        let standing = sequence.standing();
+        draft.plan.admit.push(sequence.admit(hit, &mut self.kv));
+        self.waiting.remove(standing);
+        let place = self.running.partition_point(|other| *other < standing);
+        self.running.insert(place, standing);
+        self.note_admission(id, hit_tokens, now);
+        self.plan_chunk(id, draft)
+    }
+
+    /// What the prefix cache has of a waiting sequence. `None` if waiting for the next plan finds more of it.
+    fn look_up(&mut self, id: SequenceId, draft: &Draft) -> Option<Hit> {
+        let sequence = self.sequences.get_mut(&id)?;
+        if !self.config.enable_prefix_caching {
+            return Some(Hit::default());
+        }
+        let size = self.config.block_size;
+        sequence.keys.extend(&sequence.tokens, size);
+        if sequence.must_compute_prompt() {
+            return Some(Hit::default());
+        }
+        let hit = self.kv.longest_hit(&sequence.keys, &sequence.tokens);
+        let shareable = sequence.tokens.len().saturating_sub(1) / size;
+        let next = sequence.keys.get(hit.blocks).filter(|_| hit.blocks < shareable);
+        next.is_none_or(|key| !draft.filling.contains(&key)).then_some(hit)
+    }
+
+    /// Blocks that running sequences need to finish their prefills.
+    fn promised(&self) -> Blocks {
+        let shape = self.kv.shape();
+        let mut promised = Blocks::default();
+        for standing in &self.running {
+            let sequence = self.sequences.get(&standing.sequence).filter(|sequence| sequence.is_prefilling());
+            if let Some(run) = sequence.and_then(|sequence| sequence.run.as_ref()) {
+                promised += shape.need_in_chunks(run.table.reach(), run.table.sliding_held(), run.prefill_end);
+            }
+        }
+        promised
+    }
+
+    /// Takes note of a finished plan: what it fills can be shared from now on, what leaves the window returns with it.
+    fn launch(&mut self, plan: &Plan, now: Duration) {
+        for slice in &plan.slices {
+            let Some(sequence) = self.sequences.get_mut(&slice.sequence) else { continue };
+            if self.config.enable_prefix_caching {
+                sequence.remember_blocks(&mut self.kv);
+            }
+            if let Some(run) = &mut sequence.run {
+                self.kv.pass_window(&mut run.table, run.planned, plan.step);
+            }
+        }
+        self.in_flight.push_back(Flight::new(plan, now));
+        self.next_step = plan.step.next();
+    }
+}
