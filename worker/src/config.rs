@@ -1,0 +1,126 @@
+//! What a worker is told when it starts.
+
+use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
+
+use phalanx_proto::fault::{Fault, FaultKind};
+use tonic::transport::Uri;
+
+use crate::memory;
+
+/// Which backend computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// Fast kernels for CPUs.
+    Cpu,
+    /// Slow and readable, for comparison.
+    Reference,
+    /// GPUs; not built yet.
+    Cuda,
+}
+
+impl BackendKind {
+    /// The name in configuration and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Reference => "reference",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BackendKind {
+    type Err = Fault;
+
+    fn from_str(text: &str) -> Result<Self, Fault> {
+        let kinds = [Self::Cpu, Self::Reference, Self::Cuda];
+        kinds.into_iter().find(|kind| kind.name() == text).ok_or_else(|| {
+            Fault::invalid("backend", format!("backend is {text:?}, expected \"cpu\", \"reference\" or \"cuda\""))
+        })
+    }
+}
+
+/// A worker's settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address of the coordinator: `http://host:port` or `host:port`.
+    pub coordinator: String,
+    /// The deployment to work for.
+    pub deployment: String,
+    /// Directory of the checkpoint, in the Hugging Face layout.
+    pub model_dir: PathBuf,
+    /// What computes.
+    pub backend: BackendKind,
+    /// Threads that the backend computes with.
+    pub threads: usize,
+    /// The rank this worker would like.
+    pub rank: Option<u32>,
+    /// Bytes that weights and KV cache may take together. Absent: `memory_utilization` of what is available at start.
+    pub memory_bytes: Option<u64>,
+    /// Share of the available memory to use when `memory_bytes` is absent, in (0, 1].
+    pub memory_utilization: f64,
+    /// Address of this host at which other ranks reach its collective.
+    pub bind_ip: IpAddr,
+}
+
+impl Config {
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// One fault of kind `InvalidArgument` that names all settings at fault.
+    pub fn check(&self) -> Result<(), Fault> {
+        let mut problems = Vec::new();
+        if let Err(problem) = self.uri() {
+            problems.push(problem);
+        }
+        if self.deployment.is_empty() {
+            problems.push("deployment is empty, expected a model name".to_owned());
+        }
+        if !(1..=MAX_THREADS).contains(&self.threads) {
+            problems.push(format!("threads is {}, expected 1 to {MAX_THREADS}", self.threads));
+        }
+        if !(self.memory_utilization > 0.0 && self.memory_utilization <= 1.0) {
+            let found = self.memory_utilization;
+            problems.push(format!("memory utilization is {found}, expected more than 0 and at most 1"));
+        }
+        if self.bind_ip.is_unspecified() {
+            problems
+                .push(format!("bind address is {}, expected one at which other ranks reach this host", self.bind_ip));
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Fault::new(FaultKind::InvalidArgument, problems.join("; "))),
+        }
+    }
+
+    /// The coordinator's address.
+    pub(crate) fn uri(&self) -> Result<Uri, String> {
+        let text = &self.coordinator;
+        let address = if text.contains("://") { text.clone() } else { format!("http://{text}") };
+        let uri = Uri::from_str(&address).map_err(|error| format!("coordinator is {text:?}: {error}"))?;
+        match (uri.scheme_str(), uri.port_u16()) {
+            (Some("http"), Some(_)) => Ok(uri),
+            _ => Err(format!("coordinator is {text:?}, expected http://host:port")),
+        }
+    }
+
+    /// Bytes that weights and KV cache may take together.
+    ///
+    /// # Errors
+    /// When no limit is set and the system does not say what is available.
+    pub(crate) fn memory_limit(&self) -> Result<u64, Fault> {
+        match self.memory_bytes {
+            Some(bytes) => Ok(bytes),
+            None => Ok((memory::available_bytes()? as f64 * self.memory_utilization) as u64),
+        }
+    }
+}
+
+/// More threads than any machine this runs on has.
+const MAX_THREADS: usize = 1024;

@@ -1,0 +1,80 @@
+//! Joins a coordinator and does what it says for as long as it lives.
+//!
+//! The worker decides nothing. It keeps its weights when the coordinator goes away and offers them to the next one; it
+//! accepts an epoch only if that is greater than any it has seen and meant for this process.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `worker` | what outlives a connection: checkpoint, device thread, resident shard, highest epoch |
+//! | `connection` | dialling, and telling a coordinator why there will be no worker |
+//! | `session` | one attachment to a coordinator: its commands and the device's events |
+
+mod connection;
+mod session;
+mod worker;
+
+use std::time::Duration;
+
+use phalanx_proto::fault::Fault;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use self::{
+    session::{End, Session},
+    worker::Worker,
+};
+use crate::config::Config;
+
+/// Wait before dialling again, doubled with each failure.
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+/// Longest wait before dialling again.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
+
+/// Runs a worker until it is told to leave or `shutdown` is cancelled.
+///
+/// # Errors
+/// When the configuration, the checkpoint or the device cannot be used, or loading fails. The coordinator is told the
+/// reason, if it can be reached.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let outcome = shutdown.run_until_cancelled(work(&config)).await;
+    Ok(outcome.unwrap_or(Ok(()))?)
+}
+
+async fn work(config: &Config) -> Result<(), Fault> {
+    let mut worker = match open(config).await {
+        Ok(worker) => worker,
+        Err(fault) => {
+            connection::report(config, &fault).await;
+            return Err(fault);
+        }
+    };
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let reason = match connection::dial(config).await {
+            Err(reason) => reason,
+            Ok(client) => match Session::attach(&mut worker, client).await? {
+                End::Left(reason) => {
+                    info!(reason, "told to leave");
+                    return Ok(());
+                }
+                End::Lost(reason) => {
+                    backoff = FIRST_BACKOFF;
+                    reason
+                }
+            },
+        };
+        let retry_ms = backoff.as_millis() as u64;
+        warn!(coordinator = config.coordinator, reason, retry_ms, "no coordinator");
+        sleep(backoff).await;
+        backoff = LONGEST_BACKOFF.min(backoff * 2);
+    }
+}
+
+async fn open(config: &Config) -> Result<Worker, Fault> {
+    config.check()?;
+    let opening = config.clone();
+    // Reading headers and the tokenizer blocks.
+    let opened = tokio::task::spawn_blocking(move || Worker::open(&opening)).await;
+    opened.unwrap_or_else(|error| Err(worker::bug(format!("opening the checkpoint: {error}"))))
+}
