@@ -1,3 +1,4 @@
 //! Under construction.
 
+pub mod harmony;
 pub mod tokenizer;

@@ -119,7 +119,7 @@ fn awkward_text() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(common::cases(600))]
 
     #[test]
     fn random_text_gets_the_oracles_ids_and_comes_back(text in awkward_text()) {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use phalanx_gateway::tokenizer::Tokenizer;
+use proptest::{prelude::ProptestConfig, test_runner::RngSeed};
 
 /// The release's tokenizer, loaded once a test process.
 pub(crate) static O200K: LazyLock<Arc<Tokenizer>> =
@@ -17,6 +18,11 @@ pub(crate) static O200K: LazyLock<Arc<Tokenizer>> =
 /// The bundled small model's tokenizer.
 pub(crate) static NANO: LazyLock<Arc<Tokenizer>> =
     LazyLock::new(|| Arc::new(Tokenizer::from_file(&nano_tokenizer_json()).expect("nano's tokenizer loads")));
+
+/// So many random cases, the same ones in every run.
+pub(crate) fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, rng_seed: RngSeed::Fixed(20), failure_persistence: None, ..ProptestConfig::default() }
+}
 
 /// Where the bundled small model's tokenizer lies.
 pub(crate) fn nano_tokenizer_json() -> PathBuf {
