@@ -239,7 +239,7 @@ pub trait Backend: Send + Sized {
 pub struct Arithmetic {
     /// The whole model's shape.
     pub geometry: Geometry,
-    /// Rotary frequencies of one head, `[head_dim / 2]`.
+    /// Rotary frequencies of one head, `[head_dim / 2]`, each an f32. Use [`Arithmetic::rotation`] for angles.
     pub inverse_frequencies: Vec<f64>,
     /// Factor on cosine and sine (YaRN's attention factor).
     pub rotary_scale: f64,

@@ -1,0 +1,45 @@
+//! The model against tensors that independent implementations computed, over backends, world sizes and layouts.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | `tiny` | random weights: every golden logit and greedy token; hidden states, attention and router of short prompts |
+//! | `worlds` | the same greedy tokens at every world size and layout; how a prompt is cut and batched changes no bit |
+//! | `nano` | a trained model's sixty golden answers |
+//! | `shapes` | checkpoints of other shapes: the backends and the world sizes agree |
+
+//! | `group`, `session`, `recorder`, `files` | ranks as threads, running prompts, listening in, reading golden files |
+
+#![allow(missing_docs, reason = "tests have no users")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
+
+mod files;
+mod group;
+#[path = "../in_process/mod.rs"]
+mod in_process;
+mod nano;
+mod recorder;
+mod session;
+mod shapes;
+mod tiny;
+mod worlds;
+
+use phalanx_worker::backend::{Arithmetic, Backend, reference::ReferenceBackend};
+
+/// A backend under test.
+trait Candidate: Backend {
+    /// Largest absolute difference from a golden logit.
+    const LOGIT_TOLERANCE: f32;
+
+    fn make(arithmetic: Arithmetic) -> Self;
+}
+
+impl Candidate for ReferenceBackend {
+    // The golden implementations differ from each other by 2.9e-5 at most. With logits up to 20, f32's unit roundoff of
+    // 6e-8 gives 1.2e-6 for the last rounding alone; some 30 roundings in a row (three to five layers of norm, product,
+    // softmax, product) that partly cancel explain 3e-5, and three times that is the gate.
+    const LOGIT_TOLERANCE: f32 = 1e-4;
+
+    fn make(arithmetic: Arithmetic) -> Self {
+        Self::new(arithmetic)
+    }
+}

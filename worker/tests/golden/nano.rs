@@ -1,0 +1,55 @@
+//! The bundled model's sixty golden answers, token by token.
+
+use phalanx_proto::{ids::TokenId, layout::Parallelism};
+use phalanx_worker::{backend::reference::ReferenceBackend, model::Model};
+
+use crate::{
+    Candidate,
+    files::{golden, nano},
+    group::run,
+    session::Session,
+};
+
+/// Tokens of a prompt that are computed at a time.
+const CHUNK: usize = 64;
+
+struct Answer {
+    id: String,
+    prompt: Vec<TokenId>,
+    completion: Vec<TokenId>,
+}
+
+fn answers() -> Vec<Answer> {
+    let text = std::fs::read_to_string(golden("nano.jsonl")).unwrap();
+    let answer = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let ids = |field: &str| {
+            let ids = line[field].as_array().unwrap().iter();
+            ids.map(|id| TokenId(id.as_u64().unwrap() as u32)).collect()
+        };
+        let id = line["id"].as_str().unwrap().to_owned();
+        Answer { id, prompt: ids("prompt_ids"), completion: ids("completion_ids") }
+    };
+    text.lines().map(answer).collect()
+}
+
+/// All answers in one batch.
+fn answers_are_golden_for<B: Candidate>(worlds: &[usize]) {
+    let answers = answers();
+    assert_eq!(answers.len(), 60);
+    let asked: Vec<_> = answers.iter().map(|answer| (answer.prompt.clone(), answer.completion.len())).collect();
+    let lengths: Vec<_> = asked.iter().map(|(prompt, more)| prompt.len() + more).collect();
+    for &world in worlds {
+        let outputs = run(&nano(), (world, Parallelism::Tensor), |model: Model<B>, end| {
+            Session::new(model, end, &lengths, CHUNK).greedy(&asked, CHUNK)
+        });
+        for (output, answer) in outputs.iter().zip(&answers) {
+            assert_eq!(*output, answer.completion, "{} at world {world}", answer.id);
+        }
+    }
+}
+
+#[test]
+fn reference_gives_nanos_golden_answers() {
+    answers_are_golden_for::<ReferenceBackend>(&[1]);
+}
