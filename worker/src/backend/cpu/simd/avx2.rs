@@ -1,0 +1,263 @@
+//! Sixteen lanes in two 256-bit registers.
+
+use std::arch::x86_64::*;
+
+use super::{FP4, Kernel, LANES, Simd};
+
+/// Proof that the machine has AVX2 and FMA.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// `None` where the machine lacks either.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+}
+
+/// Everything that is inlined here may use AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+fn enabled<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+/// Both halves of a line of floats.
+#[inline(always)]
+fn halves<T>(line: &[T; LANES]) -> (*const T, *const T) {
+    let (low, high) = line.split_at(LANES / 2);
+    (low.as_ptr(), high.as_ptr())
+}
+
+impl Simd for Avx2 {
+    type Float = [__m256; 2];
+    type Bits = [__m256i; 2];
+    const TILE_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the token proves AVX2 and FMA.
+        unsafe { enabled(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::Float {
+        let (low, high) = halves(from);
+        // SAFETY: the token proves AVX; 8 floats are readable.
+        let low = unsafe { _mm256_loadu_ps(low) };
+        // SAFETY: the token proves AVX; 8 floats are readable.
+        let high = unsafe { _mm256_loadu_ps(high) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn store(self, [low, high]: Self::Float, to: &mut [f32; LANES]) {
+        let (to_low, to_high) = to.split_at_mut(LANES / 2);
+        // SAFETY: the token proves AVX; 8 floats are writable.
+        unsafe { _mm256_storeu_ps(to_low.as_mut_ptr(), low) };
+        // SAFETY: the token proves AVX; 8 floats are writable.
+        unsafe { _mm256_storeu_ps(to_high.as_mut_ptr(), high) };
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Float {
+        // SAFETY: the token proves AVX.
+        [unsafe { _mm256_set1_ps(value) }; 2]
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_add_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_add_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_sub_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_sub_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_mul_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_mul_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_div_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_div_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_fmadd_ps(a[0], b[0], c[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_fmadd_ps(a[1], b[1], c[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_min_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_min_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_max_ps(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_max_ps(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn max_lane(self, [low, high]: Self::Float) -> f32 {
+        // SAFETY: the token proves AVX.
+        let most = unsafe { _mm256_max_ps(low, high) };
+        let mut lanes = [0.0; LANES];
+        self.store([most, most], &mut lanes);
+        let [a, b, c, d, e, f, g, h, ..] = lanes;
+        let greater = |a: f32, b: f32| if a > b { a } else { b };
+        greater(greater(greater(a, b), greater(c, d)), greater(greater(e, f), greater(g, h)))
+    }
+
+    #[inline(always)]
+    fn bits(self, from: &[u32; LANES]) -> Self::Bits {
+        let (low, high) = halves(from);
+        // SAFETY: the token proves AVX; 32 bytes are readable.
+        let low = unsafe { _mm256_loadu_si256(low.cast()) };
+        // SAFETY: the token proves AVX; 32 bytes are readable.
+        let high = unsafe { _mm256_loadu_si256(high.cast()) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn widen(self, from: &[u8; LANES]) -> Self::Bits {
+        let (low, high) = halves(from);
+        // SAFETY: SSE2 is part of x86-64; 8 bytes are readable.
+        let low = unsafe { _mm_loadl_epi64(low.cast()) };
+        // SAFETY: SSE2 is part of x86-64; 8 bytes are readable.
+        let high = unsafe { _mm_loadl_epi64(high.cast()) };
+        // SAFETY: the token proves AVX2.
+        let low = unsafe { _mm256_cvtepu8_epi32(low) };
+        // SAFETY: the token proves AVX2.
+        let high = unsafe { _mm256_cvtepu8_epi32(high) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn splat_bits(self, value: u32) -> Self::Bits {
+        // SAFETY: the token proves AVX.
+        [unsafe { _mm256_set1_epi32(value.cast_signed()) }; 2]
+    }
+
+    #[inline(always)]
+    fn to_bits(self, value: Self::Float) -> Self::Bits {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_castps_si256(value[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_castps_si256(value[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn from_bits(self, value: Self::Bits) -> Self::Float {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_castsi256_ps(value[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_castsi256_ps(value[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn add_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_add_epi32(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_add_epi32(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn and_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_and_si256(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_and_si256(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn xor_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_xor_si256(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_xor_si256(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn max_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_max_epi32(a[0], b[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_max_epi32(a[1], b[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn shl(self, a: Self::Bits, by: u32) -> Self::Bits {
+        let by = self.splat_bits(by);
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_sllv_epi32(a[0], by[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_sllv_epi32(a[1], by[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn shr(self, a: Self::Bits, by: u32) -> Self::Bits {
+        let by = self.splat_bits(by);
+        // SAFETY: the token proves AVX2 and FMA.
+        let low = unsafe { _mm256_srlv_epi32(a[0], by[0]) };
+        // SAFETY: the token proves AVX2 and FMA.
+        let high = unsafe { _mm256_srlv_epi32(a[1], by[1]) };
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn fp4(self, nibbles: Self::Bits) -> Self::Float {
+        // The permutation has eight entries, the magnitudes; the nibble's highest bit moves to the sign.
+        let magnitudes = self.load(&FP4)[0];
+        let signs = self.and_bits(self.shl(nibbles, 28), self.splat_bits(1 << 31));
+        // SAFETY: the token proves AVX2.
+        let low = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[0]) };
+        // SAFETY: the token proves AVX2.
+        let high = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[1]) };
+        self.from_bits(self.xor_bits(self.to_bits([low, high]), signs))
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, from: &T, bytes: usize) {
+        let line = std::ptr::from_ref(from).cast::<i8>().wrapping_add(bytes);
+        // SAFETY: a prefetch never faults, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) }
+    }
+}

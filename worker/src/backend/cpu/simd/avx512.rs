@@ -1,0 +1,185 @@
+//! Sixteen lanes in one 512-bit register.
+
+use std::arch::x86_64::*;
+
+use super::{FP4, Kernel, LANES, Simd};
+
+/// Proof that the machine has AVX-512F.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// `None` where the machine lacks it.
+    pub(crate) fn detect() -> Option<Self> {
+        is_x86_feature_detected!("avx512f").then_some(Self(()))
+    }
+}
+
+/// Everything that is inlined here may use AVX-512F.
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn enabled<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+impl Simd for Avx512 {
+    type Float = __m512;
+    type Bits = __m512i;
+    const TILE_ROWS: usize = 6;
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the token proves AVX-512F, which no processor has without AVX2 and FMA.
+        unsafe { enabled(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::Float {
+        // SAFETY: the token proves AVX-512F; 16 floats are readable.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::Float, to: &mut [f32; LANES]) {
+        // SAFETY: the token proves AVX-512F; 16 floats are writable.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, a: Self::Float) -> f32 {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    fn bits(self, from: &[u32; LANES]) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F; 64 bytes are readable.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn widen(self, from: &[u8; LANES]) -> Self::Bits {
+        // SAFETY: SSE2 is part of x86-64; 16 bytes are readable.
+        let bytes = unsafe { _mm_loadu_si128(from.as_ptr().cast()) };
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_cvtepu8_epi32(bytes) }
+    }
+
+    #[inline(always)]
+    fn splat_bits(self, value: u32) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_set1_epi32(value.cast_signed()) }
+    }
+
+    #[inline(always)]
+    fn to_bits(self, value: Self::Float) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_castps_si512(value) }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, value: Self::Bits) -> Self::Float {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_castsi512_ps(value) }
+    }
+
+    #[inline(always)]
+    fn add_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn and_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn xor_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_xor_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn max_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits {
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_max_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn shl(self, a: Self::Bits, by: u32) -> Self::Bits {
+        let by = self.splat_bits(by);
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_sllv_epi32(a, by) }
+    }
+
+    #[inline(always)]
+    fn shr(self, a: Self::Bits, by: u32) -> Self::Bits {
+        let by = self.splat_bits(by);
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_srlv_epi32(a, by) }
+    }
+
+    #[inline(always)]
+    fn fp4(self, nibbles: Self::Bits) -> Self::Float {
+        let table = self.load(&FP4);
+        // The permutation looks at the lowest four bits of each lane alone.
+        // SAFETY: the token proves AVX-512F.
+        unsafe { _mm512_permutexvar_ps(nibbles, table) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, from: &T, bytes: usize) {
+        let line = std::ptr::from_ref(from).cast::<i8>().wrapping_add(bytes);
+        // SAFETY: a prefetch never faults, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) }
+    }
+}
