@@ -1,0 +1,332 @@
+//! How a group comes to be, and how it ends an epoch: attach → load → prepare → form → ready, fence → form again.
+
+use std::{collections::VecDeque, time::Duration};
+
+use phalanx_proto::{
+    fault::{Fault, FaultKind},
+    ids::Epoch,
+    v1::{self, worker_event},
+};
+use tracing::{info, warn};
+
+use super::{
+    actor::{Group, Phase},
+    flight::Flight,
+    roster::{CommandSender, Load, Member, MemberId, PlanSender},
+};
+use crate::planner::pools::{self, KvPools};
+
+/// How far back failures count.
+const CRASH_MEMORY: Duration = Duration::from_secs(60);
+/// When a stream breaks, who is gone becomes clear a moment later: forming at once would only fail again.
+const SETTLE: Duration = Duration::from_millis(20);
+/// Waits between the second failure and the third, and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// Failed epochs of the last minute. One is repaired at once; more wait longer each time.
+#[derive(Debug, Default)]
+pub(super) struct Crashes {
+    recent: VecDeque<Duration>,
+}
+
+impl Crashes {
+    /// Counts a failure and gives how long to wait before the next formation.
+    fn record(&mut self, now: Duration) -> Duration {
+        self.recent.retain(|&then| now.saturating_sub(then) <= CRASH_MEMORY);
+        self.recent.push_back(now);
+        match self.recent.len() as u32 {
+            0 | 1 => Duration::ZERO,
+            crashes => BACKOFF.0.saturating_mul(1 << (crashes - 2).min(16)).min(BACKOFF.1),
+        }
+    }
+}
+
+impl Group {
+    /// Takes a worker in.
+    ///
+    /// # Errors
+    /// When it computes with another backend, holds another checkpoint, or is one too many.
+    pub(super) fn attach(&mut self, hello: v1::Hello, commands: CommandSender) -> Result<MemberId, Fault> {
+        let backend = self.deployment.config.backend.to_string();
+        if hello.backend != backend {
+            let text = format!("worker computes with {:?}, this group with {backend:?}", hello.backend);
+            return Err(Fault::new(FaultKind::Unsupported, text));
+        }
+        let digest = self.deployment.checkpoint.digest;
+        if hello.checkpoint_digest != digest {
+            let (found, path) = (hello.checkpoint_digest, self.deployment.checkpoint.path.display());
+            let text =
+                format!("worker's checkpoint has digest {found:016x}, {path} has {digest:016x}; use equal files");
+            return Err(Fault::new(FaultKind::Checkpoint, text));
+        }
+        if let Some(earlier) = self.roster.find_incarnation(hello.incarnation) {
+            self.lose(earlier, None, "it attached anew");
+        }
+        let (now, incarnation, host) = (self.now(), hello.incarnation, hello.host.clone());
+        let id = self.roster.attach(hello, commands, now)?;
+        let rank = self.roster.get_mut(id).and_then(|member| member.rank).map(|rank| rank.0);
+        info!(incarnation, host, rank, "worker attached");
+        if let Phase::Failed { .. } = self.phase {
+            self.phase = Phase::Gathering { not_before: now };
+        }
+        Ok(id)
+    }
+
+    /// Takes what a worker says about itself.
+    pub(super) fn worker_event(&mut self, id: MemberId, event: worker_event::Event) {
+        let (now, current) = (self.now(), self.phase.epoch());
+        let Some(member) = self.roster.get_mut(id) else { return };
+        member.heard = now;
+        match event {
+            worker_event::Event::Progress(progress) => {
+                if let Load::Loading { loaded, total } = &mut member.load {
+                    (*loaded, *total) = (progress.loaded_bytes, progress.total_bytes);
+                }
+            }
+            worker_event::Event::Loaded(loaded) => {
+                let v1::Loaded { weight_bytes, free_bytes } = loaded;
+                member.load = Load::Loaded { weight_bytes, free_bytes };
+            }
+            worker_event::Event::Prepared(prepared) => {
+                if current == Some(Epoch(prepared.epoch)) {
+                    member.readiness.rendezvous = Some(prepared.rendezvous);
+                }
+            }
+            worker_event::Event::Formed(formed) => {
+                if current == Some(Epoch(formed.epoch)) {
+                    member.readiness.formed = true;
+                }
+            }
+            worker_event::Event::Fault(fault) => self.worker_fault(id, &fault),
+            worker_event::Event::Pulse(v1::Pulse {}) => {}
+            worker_event::Event::Hello(_) => {
+                let fault = Fault::new(FaultKind::InvalidArgument, "hello is sent once, as the first message");
+                self.lose(id, Some(fault), "it said hello twice");
+            }
+        }
+    }
+
+    /// A worker's fault ends its epoch; one that another attempt would only repeat ends the group.
+    fn worker_fault(&mut self, id: MemberId, fault: &v1::WorkerFault) {
+        let Some(member) = self.roster.get_mut(id) else { return };
+        let Some(rank) = member.rank else { return };
+        let loading = matches!(member.load, Load::Loading { .. });
+        let kind = FaultKind::from_name(&fault.kind).unwrap_or(FaultKind::Internal);
+        let for_good = matches!(kind, FaultKind::Checkpoint | FaultKind::OutOfMemory | FaultKind::Unsupported);
+        let reason = format!("rank {rank}: {}", fault.message);
+        if loading || for_good {
+            self.fail(reason);
+        } else if self.phase.epoch() == Some(Epoch(fault.epoch)) {
+            self.fence(&reason);
+        } else {
+            warn!(rank = rank.0, epoch = fault.epoch, kind = kind.name(), message = fault.message, "late fault");
+        }
+    }
+
+    /// Lets a worker go. If it had a rank, the epoch is over.
+    pub(super) fn lose(&mut self, id: MemberId, dismissal: Option<Fault>, reason: &str) {
+        let now = self.now();
+        let Some(member) = self.roster.remove(id, dismissal, now) else { return };
+        let Some(rank) = member.rank else { return };
+        warn!(rank = rank.0, incarnation = member.hello.incarnation, reason, "worker lost");
+        self.last_failure = format!("rank {rank} was lost: {reason}");
+        self.fence(&self.last_failure.clone());
+    }
+
+    /// Accepts a worker's stream of steps.
+    ///
+    /// # Errors
+    /// When it is not for the epoch that is being formed, or not from the worker that has the rank.
+    pub(super) fn join_steps(&mut self, join: &v1::StepJoin, plans: PlanSender) -> Result<MemberId, Fault> {
+        let Phase::Forming { epoch, .. } = self.phase else {
+            return Err(stale(format!("epoch {} is not being formed", join.epoch)));
+        };
+        if epoch.0 != join.epoch {
+            return Err(stale(format!("epoch {} is not being formed, {epoch} is", join.epoch)));
+        }
+        let id = self.roster.find_incarnation(join.incarnation);
+        let member = id.and_then(|id| self.roster.get_mut(id).map(|member| (id, member)));
+        let Some((id, member)) = member.filter(|(_, member)| member.rank.is_some_and(|rank| rank.0 == join.rank))
+        else {
+            return Err(stale(format!("rank {} belongs to another worker", join.rank)));
+        };
+        member.readiness.plans = Some(plans);
+        Ok(id)
+    }
+
+    /// A stream of steps has ended before its epoch did.
+    pub(super) fn steps_closed(&mut self, id: MemberId, epoch: Epoch, reason: &str) {
+        if self.phase.epoch() != Some(epoch) {
+            return;
+        }
+        let rank = self.roster.get_mut(id).and_then(|member| member.rank);
+        let rank = rank.map_or_else(|| "a rank".to_owned(), |rank| format!("rank {rank}"));
+        self.fence(&format!("{rank} closed its stream of steps: {reason}"));
+    }
+
+    /// Goes on to the next phase once everybody is there.
+    pub(super) async fn advance(&mut self) {
+        match self.phase {
+            Phase::Gathering { not_before } => {
+                let loaded = |member: &Member| matches!(member.load, Load::Loaded { .. });
+                if self.now() >= not_before && self.roster.all_ranks(loaded) {
+                    self.prepare().await;
+                }
+            }
+            Phase::Preparing { epoch, .. } => {
+                if self.roster.all_ranks(|member| member.readiness.rendezvous.is_some()) {
+                    self.form(epoch);
+                }
+            }
+            Phase::Forming { epoch, pools, .. } => {
+                if self.roster.all_ranks(|member| member.readiness.formed && member.readiness.plans.is_some()) {
+                    self.start(epoch, pools);
+                }
+            }
+            Phase::Running { .. } | Phase::Failed { .. } => {}
+        }
+    }
+
+    async fn prepare(&mut self) {
+        let issued = self.epochs.next(self.roster.highest_epoch()).await;
+        let now = self.now();
+        match issued {
+            Ok(epoch) => {
+                info!(epoch = epoch.0, "forming");
+                self.roster.prepare(epoch);
+                self.phase = Phase::Preparing { epoch, since: now };
+            }
+            Err(error) => {
+                self.last_failure = format!("no epoch could be issued: {error}");
+                warn!(%error, "no epoch could be issued");
+                self.phase = Phase::Gathering { not_before: now + self.crashes.record(now).max(BACKOFF.0) };
+            }
+        }
+    }
+
+    fn form(&mut self, epoch: Epoch) {
+        let config = &self.deployment.config;
+        let free = self.roster.least_free_bytes();
+        let memory = config.kv_cache_memory_bytes.map_or(free, |most| most.min(free));
+        let window = self.deployment.checkpoint.geometry.sliding_window;
+        let pools = match pools::split(memory, &self.deployment.block_bytes(), window, &self.deployment.demand) {
+            Ok(pools) => pools,
+            Err(error) => return self.fail(error.to_string()),
+        };
+        let kv = v1::KvCacheShape {
+            block_size: config.block_size as u32,
+            full_blocks: pools.full_blocks,
+            sliding_blocks: pools.sliding_blocks,
+        };
+        self.roster.form(&v1::Form {
+            epoch: epoch.0,
+            kv: Some(kv),
+            max_batch_tokens: config.max_num_batched_tokens as u32,
+            max_batch_sequences: config.max_num_seqs as u32,
+            ..Default::default()
+        });
+        self.phase = Phase::Forming { epoch, since: self.now(), pools };
+    }
+
+    fn start(&mut self, epoch: Epoch, pools: KvPools) {
+        let now = self.now();
+        let flight = Flight::new(epoch, self.deployment.world_size(), self.pace, now);
+        self.phase = Phase::Running { flight, pools };
+        (self.was_ready, self.stalled_since, self.touched) = (true, None, true);
+        info!(epoch = epoch.0, full_blocks = pools.full_blocks, sliding_blocks = pools.sliding_blocks, "ready");
+        let events = self.engine.begin_epoch(epoch, pools.full_blocks as usize, pools.sliding_blocks as usize);
+        self.deliver(events);
+    }
+
+    /// Ends the epoch that runs or is being formed. Survivors keep their weights; live requests wait for the next one.
+    pub(super) fn fence(&mut self, reason: &str) {
+        let Some(epoch) = self.phase.epoch() else { return };
+        let now = self.now();
+        let delay = self.crashes.record(now).max(SETTLE);
+        warn!(epoch = epoch.0, reason, delay_ms = delay.as_millis() as u64, "epoch ended");
+        self.instruments.failed_epochs += 1;
+        reason.clone_into(&mut self.last_failure);
+        self.roster.fence(epoch);
+        let ended = std::mem::replace(&mut self.phase, Phase::Gathering { not_before: now + delay });
+        if let Phase::Running { flight, .. } = ended {
+            self.pace = flight.pace();
+            self.engine.end_epoch();
+            self.stalled_since = Some(now);
+            self.give_up_exhausted(reason);
+        }
+    }
+
+    /// Ends the group until another worker attaches. Nobody is kept waiting for it.
+    pub(super) fn fail(&mut self, reason: String) {
+        self.fence(&reason);
+        warn!(reason, "group failed");
+        self.fail_live(&Fault::new(FaultKind::NotReady, format!("the group failed: {reason}")));
+        self.phase = Phase::Failed { reason };
+    }
+
+    /// Drops workers that have been silent for too long, and ends epochs whose time is up.
+    pub(super) fn check_deadlines(&mut self, now: Duration) {
+        let limits = &self.limits;
+        let silent = |member: &Member| {
+            matches!(member.load, Load::Loading { .. }) && now.saturating_sub(member.heard) > limits.load_silence
+        };
+        for id in self.roster.laggards(silent) {
+            self.dismiss(id, "it was silent while loading");
+        }
+        let limits = &self.limits;
+        match &self.phase {
+            Phase::Preparing { since, .. } if now.saturating_sub(*since) > limits.prepare_timeout => {
+                for id in self.roster.laggards(|member| member.readiness.rendezvous.is_none()) {
+                    self.dismiss(id, "it did not answer in time");
+                }
+            }
+            Phase::Forming { since, .. } if now.saturating_sub(*since) > limits.form_timeout => {
+                for id in self.roster.laggards(|member| !member.readiness.formed || member.readiness.plans.is_none()) {
+                    self.dismiss(id, "it did not form in time");
+                }
+            }
+            Phase::Running { flight, .. } => {
+                if let Some((step, waited, ranks)) = flight.overdue(now) {
+                    let ranks: Vec<u32> = ranks.iter().map(|rank| rank.0).collect();
+                    self.fence(&format!("step {step}: no answer from ranks {ranks:?} after {waited:.1?}"));
+                }
+            }
+            _ => {}
+        }
+        if self.stalled_since.is_some_and(|since| now.saturating_sub(since) > self.limits.group_stall) {
+            let text = format!("the group did not form again: {}", self.last_failure);
+            self.fail_live(&Fault::new(FaultKind::WorkerLost, text));
+        }
+    }
+
+    fn dismiss(&mut self, id: MemberId, reason: &str) {
+        let fault = Fault::new(FaultKind::WorkerLost, format!("the coordinator let this worker go: {reason}"));
+        self.lose(id, Some(fault), reason);
+    }
+
+    /// Gives everybody more time: the coordinator itself was late.
+    pub(super) fn forgive(&mut self, lateness: Duration) {
+        match &mut self.phase {
+            Phase::Preparing { since, .. } | Phase::Forming { since, .. } => *since += lateness,
+            Phase::Running { flight, .. } => flight.forgive(lateness),
+            Phase::Gathering { .. } | Phase::Failed { .. } => {}
+        }
+    }
+}
+
+fn stale(message: String) -> Fault {
+    Fault::new(FaultKind::StaleEpoch, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_failure_is_repaired_at_once_and_later_ones_wait_longer() {
+        let mut crashes = Crashes::default();
+        let waits: Vec<u128> = (0..10).map(|_| crashes.record(Duration::from_secs(1)).as_millis()).collect();
+        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+        assert_eq!(crashes.record(Duration::from_secs(62)), Duration::ZERO);
+    }
+}

@@ -1,0 +1,140 @@
+//! One coordinator process: groups, gRPC server, health, reflection, and an orderly end.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context;
+use futures::future::{join_all, select_all};
+use phalanx_proto::v1::{self, GroupState, cluster_server::ClusterServer, inference_server::InferenceServer};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    server::NamedService,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::{ServingStatus, pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTOR_SET, server::HealthReporter};
+use tracing::info;
+
+use crate::{
+    config::{Config, Deployment},
+    group::{self, Epochs, GroupHandle},
+    membership::embedded::EpochSource,
+    services::{Groups, cluster::ClusterService, inference::InferenceService},
+};
+
+/// A connection that is silent for this long is asked whether it lives, and given up after as long again.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Largest message from a client: a prompt of the longest context that is accepted takes 5 bytes a token.
+const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// Largest message from a worker: log-probabilities of a long prompt.
+const MAX_RESULT_BYTES: usize = 64 << 20;
+/// Requests on one connection. The engine's own limits come first; this only bounds memory.
+const MAX_STREAMS: u32 = 1 << 16;
+/// How long connections may linger once everything is told to end.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Serves the configured deployments on `listener` until `shutdown` is cancelled and running requests have ended or run
+/// out of time.
+///
+/// # Errors
+/// When a deployment cannot be served, the state directory cannot be used, or the server breaks down.
+pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let opened = config.clone();
+    let (deployments, epochs) = tokio::task::spawn_blocking(move || open(&opened)).await.context("opening")??;
+    let (groups, tasks) = spawn_groups(&config, deployments, &Epochs::new(epochs), &shutdown)?;
+    let address = listener.local_addr().context("reading the address that the coordinator listens on")?;
+    info!(%address, "coordinator listens");
+    let end = CancellationToken::new();
+    let server = tokio::spawn(serve(Arc::clone(&groups), listener, end.clone()));
+    let outcome = supervise(tasks, &shutdown).await;
+    end.cancel();
+    match tokio::time::timeout(LINGER, server).await {
+        Ok(served) => served.context("server task")?.context("gRPC server")?,
+        Err(_) => info!("some connections did not close in time"),
+    }
+    outcome
+}
+
+fn open(config: &Config) -> anyhow::Result<(Vec<Deployment>, EpochSource)> {
+    let deployments = config.open()?;
+    let epochs = config.state_dir.as_deref().map_or_else(|| Ok(EpochSource::in_memory()), EpochSource::open)?;
+    Ok((deployments, epochs))
+}
+
+fn spawn_groups(
+    config: &Config,
+    deployments: Vec<Deployment>,
+    epochs: &Epochs,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<(Groups, Vec<JoinHandle<()>>)> {
+    let mut handles: Vec<GroupHandle> = Vec::with_capacity(deployments.len());
+    let mut tasks = Vec::with_capacity(deployments.len());
+    for deployment in deployments {
+        let name = deployment.config.served_model_name.clone();
+        let spawned = group::spawn(deployment, config.limits.clone(), epochs.clone(), shutdown.clone());
+        let (handle, task) = spawned.with_context(|| format!("deployment {name:?}"))?;
+        handles.push(handle);
+        tasks.push(task);
+    }
+    Ok((Arc::new(handles), tasks))
+}
+
+/// Waits for every group to end. One that ends before it was asked to is a bug, and the process says so.
+async fn supervise(tasks: Vec<JoinHandle<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    let (first, _, rest) = select_all(tasks).await;
+    let unasked = !shutdown.is_cancelled();
+    shutdown.cancel();
+    let rest = join_all(rest).await;
+    for ended in std::iter::once(first).chain(rest) {
+        ended.context("a group's task broke down")?;
+    }
+    anyhow::ensure!(!unasked, "a group's task ended although nobody asked it to");
+    Ok(())
+}
+
+async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) -> anyhow::Result<()> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let watcher = tokio::spawn(report_health(Arc::clone(&groups), reporter));
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(HEALTH_DESCRIPTOR_SET)
+        .build_v1()
+        .context("building the reflection service")?;
+    let inference = InferenceServer::new(InferenceService { groups: Arc::clone(&groups) });
+    let cluster = ClusterServer::new(ClusterService { groups });
+    // A token goes out alone; waiting to fill a packet would cost more than a step.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .max_concurrent_streams(Some(MAX_STREAMS))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(inference.max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(cluster.max_decoding_message_size(MAX_RESULT_BYTES))
+        .serve_with_incoming_shutdown(incoming, end.cancelled_owned())
+        .await?;
+    watcher.abort();
+    Ok(())
+}
+
+/// Says `SERVING` for the server as a whole and for `Inference` while every group is ready. `Cluster` always serves.
+async fn report_health(groups: Groups, reporter: HealthReporter) {
+    reporter.set_service_status(ClusterServer::<ClusterService>::NAME, ServingStatus::Serving).await;
+    let mut loads: Vec<_> = groups.iter().map(|group| group.load.clone()).collect();
+    let mut last = None;
+    loop {
+        let ready = loads.iter_mut().all(|load| load.borrow_and_update().state() == GroupState::Ready);
+        if last.replace(ready) != Some(ready) {
+            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+            for service in ["", InferenceServer::<InferenceService>::NAME] {
+                reporter.set_service_status(service, status).await;
+            }
+        }
+        let changes = loads.iter_mut().map(|load| Box::pin(load.changed()));
+        if select_all(changes).await.0.is_err() {
+            // A group has ended, and with it soon the process.
+            reporter.set_service_status("", ServingStatus::NotServing).await;
+            return;
+        }
+    }
+}
