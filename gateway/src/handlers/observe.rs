@@ -1,0 +1,105 @@
+//! What operators and load balancers ask.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use http::{StatusCode, header};
+use phalanx_proto::v1::DeploymentLoad;
+use serde_json::{Value, json};
+
+use crate::{
+    app::{App, capitalized},
+    frame::Identity,
+    instruments::{NO_PROFILE, size_name},
+    openai::error::ApiError,
+    upstream::state_name,
+};
+
+/// What [`metrics`] answers with; OpenMetrics is what Prometheus asks for first.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Where to look next.
+pub(crate) async fn root() -> Json<Value> {
+    let endpoints = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/stats", "/metrics", "/readyz"];
+    Json(json!({ "name": "phalanx", "version": env!("CARGO_PKG_VERSION"), "endpoints": endpoints }))
+}
+
+/// The process is alive.
+pub(crate) async fn livez() -> StatusCode {
+    StatusCode::OK
+}
+
+/// A request would be answered.
+pub(crate) async fn readyz(State(app): State<Arc<App>>) -> Response {
+    let fleet = app.upstream.fleet();
+    if app.draining.is_cancelled() {
+        return ApiError::unavailable("draining", "The gateway is shutting down.").into_response();
+    }
+    if fleet.is_ready() {
+        return Json(json!({ "status": "ready" })).into_response();
+    }
+    let fault = fleet.not_ready();
+    ApiError::unavailable("not_ready", capitalized(&fault.message)).into_response()
+}
+
+/// Which version this is.
+pub(crate) async fn version() -> Json<Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+/// Metrics for Prometheus.
+pub(crate) async fn metrics(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+) -> Result<Response, ApiError> {
+    let text = app.instruments.write(&app.upstream.fleet(), app.served_as()).map_err(|error| {
+        tracing::error!(request_id = identity.id, %error, "metrics could not be written");
+        ApiError::internal(&identity.id)
+    })?;
+    Ok(([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response())
+}
+
+/// Figures of the last minute, for people.
+pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
+    let fleet = app.upstream.fleet();
+    let mut body = app.stats.body(Instant::now());
+    body["state"] = json!(fleet.state());
+    body["profile"] = json!(app.config.profiles.default_name().unwrap_or(NO_PROFILE));
+    if let Some(load) = fleet.deployments.first() {
+        let names = app.names(&fleet);
+        describe(&mut body, load, names.first().map_or("", String::as_str));
+    }
+    Json(body)
+}
+
+fn describe(body: &mut Value, load: &DeploymentLoad, name: &str) {
+    let deployment = load.deployment.clone().unwrap_or_default();
+    let share = if load.kv_blocks == 0 { 0.0 } else { load.kv_blocks_used as f64 / load.kv_blocks as f64 };
+    body["model_id"] = json!(name);
+    body["model_size"] = json!(size_name(deployment.parameters));
+    body["parameters"] = json!(deployment.parameters);
+    body["parallelism"] = json!(format!("{}{}", deployment.parallelism, deployment.world_size));
+    body["world_size"] = json!(deployment.world_size);
+    body["backend"] = json!(deployment.backend);
+    body["max_model_len"] = json!(deployment.max_model_len);
+    body["group"] = json!({ "state": state_name(load.state()), "detail": load.detail, "epoch": load.epoch });
+    body["running"] = json!(load.running);
+    body["waiting"] = json!(load.waiting);
+    body["max_waiting"] = json!(load.max_waiting);
+    body["kv_cache"] = json!({ "used_blocks": load.kv_blocks_used, "blocks": load.kv_blocks, "usage": share });
+    let ranks = load.ranks.iter().map(|rank| {
+        json!({
+            "rank": rank.rank,
+            "host": rank.host,
+            "device": rank.device,
+            "weight_bytes": rank.weight_bytes,
+            "loaded_bytes": rank.loaded_bytes,
+            "kv_bytes": rank.kv_bytes,
+        })
+    });
+    body["ranks"] = Value::Array(ranks.collect());
+}

@@ -1,0 +1,206 @@
+//! Connections: bounded in number and in the time that a header takes, drained at the end.
+//!
+//! `axum::serve` has no header timeout, so thousands of half-open headers would stay; hyper-util's builder has one.
+
+use std::{
+    convert::Infallible,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, body::Body, response::Response};
+use hyper::{Request, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{
+        conn::auto::Builder,
+        graceful::{GracefulShutdown, Watcher},
+    },
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+use tracing::{debug, info, warn};
+
+use crate::{app::App, config::Config, routes::router};
+
+/// Largest header of a request, in bytes.
+const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Most headers of a request.
+const MAX_HEADERS: usize = 128;
+/// HTTP/2 streams that a client may open and reset before its connection is closed.
+const MAX_RESETS: usize = 64;
+/// Pings that find out that an HTTP/2 client is gone, and how long each may take.
+const PING: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(20));
+/// Pause after the system refused a connection, for want of descriptors for example.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long connections may take to send their last error after the drain is over.
+const FLUSH: Duration = Duration::from_secs(2);
+/// What a connection over the limit is told.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 127\r\n\r\n{\"error\":{\"message\":\"The gateway has too many connections.\",\"type\":\"server_error\",\"param\":null,\"code\":\"too_many_connections\"}}\n";
+
+/// Serves the OpenAI API on `listener` until `shutdown`, then lets running requests finish within the drain time.
+///
+/// # Errors
+/// When the configuration or the model's tokenizer cannot be used.
+pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let app = Arc::new(App::new(config, shutdown.clone()).await?);
+    let ended = CancellationToken::new();
+    let follower = tokio::spawn(Arc::clone(&app.upstream).follow(ended.clone()));
+    info!(address = %listener.local_addr()?, coordinators = ?app.config.coordinators, "gateway listening");
+    let connections = Connections::new(&app);
+    connections.accept(&listener, &shutdown).await;
+    drop(listener);
+    connections.drain(&app).await;
+    ended.cancel();
+    follower.await?;
+    Ok(())
+}
+
+/// Accepts and serves connections.
+struct Connections {
+    router: Router,
+    builder: Arc<Builder<TokioExecutor>>,
+    places: Arc<Semaphore>,
+    graceful: GracefulShutdown,
+    header_timeout: Duration,
+}
+
+impl Connections {
+    fn new(app: &Arc<App>) -> Self {
+        let limits = &app.config.limits;
+        let header_timeout = app.config.timeouts.header;
+        let mut builder = Builder::new(TokioExecutor::new());
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(header_timeout)
+            .max_buf_size(MAX_HEADER_BYTES)
+            .max_headers(MAX_HEADERS);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(limits.http2_streams)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .max_local_error_reset_streams(MAX_RESETS)
+            .max_header_list_size(MAX_HEADER_BYTES as u32)
+            .keep_alive_interval(PING.0)
+            .keep_alive_timeout(PING.1);
+        Self {
+            router: router(Arc::clone(app)),
+            builder: Arc::new(builder),
+            places: Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS))),
+            graceful: GracefulShutdown::new(),
+            header_timeout,
+        }
+    }
+
+    async fn accept(&self, listener: &TcpListener, shutdown: &CancellationToken) {
+        loop {
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => self.begin(stream),
+                Err(error) => {
+                    warn!(%error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn begin(&self, stream: TcpStream) {
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            return refuse(&stream);
+        };
+        // Each event of a stream is to leave at once. Where the system refuses, it leaves a little later.
+        let _ = stream.set_nodelay(true);
+        let connection = Connection {
+            router: self.router.clone(),
+            builder: Arc::clone(&self.builder),
+            watcher: self.graceful.watcher(),
+            header_timeout: self.header_timeout,
+            _place: place,
+        };
+        tokio::spawn(connection.serve(stream));
+    }
+
+    /// Lets running requests finish; at the deadline they end with an error, and then their connections are dropped.
+    async fn drain(self, app: &App) {
+        let mut finished = std::pin::pin!(self.graceful.shutdown());
+        if timeout(app.config.timeouts.drain, &mut finished).await.is_err() {
+            warn!("requests are still running at the end of the drain time");
+            app.deadline.cancel();
+            if timeout(FLUSH, &mut finished).await.is_err() {
+                warn!("connections did not take their last bytes");
+            }
+        }
+    }
+}
+
+/// Tells a client that there is no place for it, if that fits into the socket's buffer.
+fn refuse(stream: &TcpStream) {
+    if let Err(error) = stream.try_write(FULL) {
+        debug!(%error, "cannot refuse a connection");
+    }
+}
+
+/// One connection being served.
+struct Connection {
+    router: Router,
+    builder: Arc<Builder<TokioExecutor>>,
+    watcher: Watcher,
+    header_timeout: Duration,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    async fn serve(self, stream: TcpStream) {
+        let Self { router, builder, watcher, header_timeout, _place } = self;
+        let seen = Arc::new(AtomicBool::new(false));
+        let mark = Arc::clone(&seen);
+        let service = service_fn(move |request: Request<Incoming>| {
+            mark.store(true, Ordering::Relaxed);
+            answer(router.clone(), request)
+        });
+        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let mut served = std::pin::pin!(watcher.watch(connection));
+        // The builder's own timeout begins when it knows the protocol, and a client may never say enough for that.
+        let result = tokio::select! {
+            result = &mut served => result,
+            () = sleep(header_timeout + Duration::from_secs(1)) => {
+                if !seen.load(Ordering::Relaxed) {
+                    debug!("connection without a request");
+                    return;
+                }
+                served.await
+            }
+        };
+        if let Err(error) = result {
+            debug!(%error, "connection ended");
+        }
+    }
+}
+
+async fn answer(router: Router, request: Request<Incoming>) -> Result<Response, Infallible> {
+    router.oneshot(request.map(Body::new)).await
+}
+
+/// Binds an address, with an error that says which.
+///
+/// # Errors
+/// When the address is in use or not one of this host's.
+pub async fn bind(address: &str) -> io::Result<TcpListener> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+    TcpListener::bind(address).await.map_err(named)
+}
