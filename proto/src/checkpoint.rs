@@ -5,20 +5,29 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     fs::File,
     io::Read,
     path::{Component, Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
 use thiserror::Error;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     geometry::{Geometry, GeometryError},
-    layout::{TensorKind, TensorSlice},
+    ids::Rank,
+    layout::{Layout, TensorKind, TensorSlice},
 };
 
+/// Says which file holds which tensor.
+const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The file of a checkpoint without an index.
+const SINGLE_FILE: &str = "model.safetensors";
 /// Longest header that is read, in bytes (safetensors' own limit).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Longest JSON file that is read beside the tensors, in bytes.
@@ -62,7 +71,7 @@ pub enum CheckpointError {
     /// A tensor that the model needs is absent.
     #[error("{path}: tensor {name} is missing")]
     Missing {
-        /// The directory.
+        /// The file that should hold it: the one the index names, or the index itself.
         path: PathBuf,
         /// The tensor.
         name: String,
@@ -174,6 +183,31 @@ struct RawTensor {
     data_offsets: [u64; 2],
 }
 
+/// Members of a JSON object in their order. A map would keep the last of two with one name and hide the other.
+struct Members(Vec<(String, serde_json::Value)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Members;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum EosTokens {
@@ -215,7 +249,7 @@ impl Checkpoint {
         let eos_token_ids = eos_tokens(path)?.unwrap_or_else(|| geometry.eos_token_ids.clone());
         let checkpoint =
             Self { path: path.to_owned(), geometry, eos_token_ids, files, tensors, digest: digest.digest() };
-        checkpoint.check_tensors()?;
+        checkpoint.check_tensors(weight_map.as_ref())?;
         Ok(checkpoint)
     }
 
@@ -249,12 +283,15 @@ impl Checkpoint {
         (slice.elements() * element) as u64
     }
 
-    fn check_tensors(&self) -> Result<(), CheckpointError> {
-        let whole = crate::layout::Layout::new(&self.geometry, 1, crate::layout::Parallelism::Tensor);
-        let Ok(layout) = whole else { return Ok(()) };
-        for slice in layout.rank(&self.geometry, crate::ids::Rank(0)).tensors(&self.geometry) {
+    fn check_tensors(&self, weight_map: Option<&WeightMap>) -> Result<(), CheckpointError> {
+        let whole = Layout::single().rank(&self.geometry, Rank(0));
+        for slice in whole.tensors(&self.geometry) {
             let Some(entry) = self.tensors.get(&slice.name) else {
-                return Err(CheckpointError::Missing { path: self.path.clone(), name: slice.name });
+                let file = match weight_map {
+                    None => SINGLE_FILE,
+                    Some(map) => map.get(&slice.name).map_or(INDEX_FILE, String::as_str),
+                };
+                return Err(CheckpointError::Missing { path: self.path.join(file), name: slice.name });
             };
             if entry.shape != slice.shape || !entry.dtype.is_kind(slice.kind) {
                 let kind = if slice.kind == TensorKind::Bytes { "U8" } else { "BF16, F16 or F32" };
@@ -295,9 +332,9 @@ type WeightMap = BTreeMap<String, String>;
 
 /// Names of the files with tensors, and which tensor lies where if there is an index.
 fn file_names(path: &Path) -> Result<(Vec<String>, Option<WeightMap>), CheckpointError> {
-    let index_path = path.join("model.safetensors.index.json");
+    let index_path = path.join(INDEX_FILE);
     if !index_path.exists() {
-        return Ok((vec!["model.safetensors".to_owned()], None));
+        return Ok((vec![SINGLE_FILE.to_owned()], None));
     }
     let index: Index = read_json(&index_path)?;
     let mut names: Vec<String> = index.weight_map.values().cloned().collect();
@@ -342,12 +379,11 @@ fn read_header(path: &Path) -> Result<(u64, Vec<u8>), CheckpointError> {
 
 fn parse_header(path: &Path, header: &[u8], file: usize) -> Result<Vec<(String, TensorEntry)>, CheckpointError> {
     let json = |source| CheckpointError::Json { path: path.to_owned(), source };
-    let mut raw: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).map_err(json)?;
-    raw.remove("__metadata__");
-    let mut entries = Vec::with_capacity(raw.len());
-    for (name, value) in raw {
-        let tensor: RawTensor = serde_json::from_value(value)
-            .map_err(|source| header_error(path, format!("tensor {name}: {source}")))?;
+    let Members(raw) = serde_json::from_slice(header).map_err(json)?;
+    let mut entries: Vec<(String, TensorEntry)> = Vec::with_capacity(raw.len());
+    for (name, value) in raw.into_iter().filter(|(name, _)| name != "__metadata__") {
+        let tensor: RawTensor =
+            serde_json::from_value(value).map_err(|source| header_error(path, format!("tensor {name}: {source}")))?;
         let [start, end] = tensor.data_offsets;
         let elements = tensor.shape.iter().try_fold(1_u128, |product, &len| product.checked_mul(len as u128));
         let bytes = elements.and_then(|n| n.checked_mul(tensor.dtype.bytes() as u128));
@@ -360,6 +396,11 @@ fn parse_header(path: &Path, header: &[u8], file: usize) -> Result<Vec<(String, 
         entries.push((name, entry));
     }
     check_overlap(path, &entries)?;
+    let mut names: Vec<&String> = entries.iter().map(|(name, _)| name).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(header_error(path, format!("tensor {} is there twice", twice[0])));
+    }
     Ok(entries)
 }
 

@@ -10,10 +10,10 @@ pub const MXFP4_BLOCK: usize = 32;
 #[derive(Debug, Error)]
 pub enum GeometryError {
     /// The file is not the JSON that a gpt-oss configuration is.
-    #[error("config.json: {0}")]
+    #[error("{0}")]
     Json(#[from] serde_json::Error),
     /// A field has a value that this software cannot run.
-    #[error("config.json: {field} is {found}, expected {expected}")]
+    #[error("{field} is {found}, expected {expected}")]
     Unsupported {
         /// The field as spelled in the file.
         field: &'static str,
@@ -186,10 +186,8 @@ impl Geometry {
     /// Number of weights, every expert counted.
     pub fn parameters(&self) -> u64 {
         let (hidden, inter) = (self.hidden_size as u64, self.intermediate_size as u64);
-        let (q, kv) = (
-            (self.num_attention_heads * self.head_dim) as u64,
-            (self.num_key_value_heads * self.head_dim) as u64,
-        );
+        let (q, kv) =
+            ((self.num_attention_heads * self.head_dim) as u64, (self.num_key_value_heads * self.head_dim) as u64);
         let attention = (q + 2 * kv) * (hidden + 1) + (q + 1) * hidden + self.num_attention_heads as u64;
         let expert = 2 * inter * (hidden + 1) + hidden * (inter + 1);
         let experts = self.num_local_experts as u64;
@@ -251,10 +249,28 @@ impl RawConfig {
         if let Some(rope) = self.rope_scaling.as_ref().filter(|rope| rope.rope_type != "yarn") {
             return Err(unsupported("rope_scaling.rope_type", &rope.rope_type, "yarn"));
         }
-        let numbers = [self.rope_theta, f64::from(self.rms_norm_eps), f64::from(self.swiglu_limit)];
-        if numbers.iter().any(|n| !n.is_finite() || *n <= 0.0) {
-            let found = format!("{numbers:?}");
-            return Err(unsupported("rope_theta, rms_norm_eps, swiglu_limit", found, "positive numbers"));
+        self.check_numbers()
+    }
+
+    /// What is divided by, and what logarithms are taken of.
+    fn check_numbers(&self) -> Result<(), GeometryError> {
+        let rope = self.rope_scaling.as_ref();
+        let yarn = |number: fn(&RopeScaling) -> f64| rope.map_or(1.0, number);
+        let numbers = [
+            ("rms_norm_eps", f64::from(self.rms_norm_eps)),
+            ("swiglu_limit", f64::from(self.swiglu_limit)),
+            ("rope_theta", self.rope_theta),
+            ("rope_scaling.factor", yarn(|yarn| yarn.factor)),
+            ("rope_scaling.beta_fast", yarn(|yarn| yarn.beta_fast)),
+            ("rope_scaling.beta_slow", yarn(|yarn| yarn.beta_slow)),
+            ("rope_scaling.original_max_position_embeddings", yarn(|yarn| yarn.original_max_position_embeddings)),
+        ];
+        if let Some((field, found)) = numbers.into_iter().find(|(_, n)| !n.is_finite() || *n <= 0.0) {
+            return Err(unsupported(field, found, "a positive number"));
+        }
+        // The base of a logarithm.
+        if self.rope_theta <= 1.0 {
+            return Err(unsupported("rope_theta", self.rope_theta, "a number above 1"));
         }
         Ok(())
     }

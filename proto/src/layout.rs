@@ -158,6 +158,11 @@ impl Layout {
         }
     }
 
+    /// The whole model on one rank, which always fits.
+    pub fn single() -> Self {
+        Self { world_size: 1, parallelism: Parallelism::Tensor }
+    }
+
     /// Number of ranks.
     pub fn world_size(&self) -> usize {
         self.world_size
@@ -220,6 +225,9 @@ fn misfit(geometry: &Geometry, world: usize, parallelism: Parallelism) -> Option
     }
     if kv % world != 0 && world % kv != 0 {
         return Some(format!("{kv} key-value heads neither divide by {world} nor divide it"));
+    }
+    if geometry.vocab_size < world {
+        return Some(format!("there are only {} rows of the vocabulary", geometry.vocab_size));
     }
     let (what, pieces) = match parallelism {
         Parallelism::Tensor => ("MXFP4 blocks of the intermediate axis", geometry.intermediate_blocks()),
