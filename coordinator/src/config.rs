@@ -53,11 +53,11 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Bytes of one key or value in its KV cache: bf16, or f32 in the reference.
+    /// Bytes of one key or value in its KV cache: bf16 on devices, f32 on CPUs.
     pub fn kv_element_bytes(self) -> usize {
         match self {
-            Self::Cpu | Self::Cuda => 2,
-            Self::Reference => 4,
+            Self::Cuda => 2,
+            Self::Cpu | Self::Reference => 4,
         }
     }
 

@@ -40,16 +40,28 @@ const LINGER: Duration = Duration::from_secs(2);
 pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
     let opened = config.clone();
     let (deployments, epochs) = tokio::task::spawn_blocking(move || open(&opened)).await.context("opening")??;
-    let (groups, tasks) = spawn_groups(&config, deployments, &Epochs::new(epochs), &shutdown)?;
     let address = listener.local_addr().context("reading the address that the coordinator listens on")?;
+    // Ends the groups also when it is not the caller who asked for it.
+    let stop = shutdown.child_token();
+    let (groups, tasks) = spawn_groups(&config, deployments, &Epochs::new(epochs), &stop)?;
     info!(%address, "coordinator listens");
     let end = CancellationToken::new();
-    let server = tokio::spawn(serve(Arc::clone(&groups), listener, end.clone()));
-    let outcome = supervise(tasks, &shutdown).await;
+    let mut server = tokio::spawn(serve(groups, listener, end.clone()));
+    let outcome = tokio::select! {
+        outcome = supervise(tasks, &stop) => outcome,
+        served = &mut server => {
+            stop.cancel();
+            served.context("the server's task broke down")??;
+            anyhow::bail!("the gRPC server ended although nobody asked it to");
+        }
+    };
     end.cancel();
-    match tokio::time::timeout(LINGER, server).await {
-        Ok(served) => served.context("server task")?.context("gRPC server")?,
-        Err(_) => info!("some connections did not close in time"),
+    match tokio::time::timeout(LINGER, &mut server).await {
+        Ok(served) => served.context("the server's task broke down")??,
+        Err(_) => {
+            info!("some connections did not close in time");
+            server.abort();
+        }
     }
     outcome
 }
@@ -64,13 +76,13 @@ fn spawn_groups(
     config: &Config,
     deployments: Vec<Deployment>,
     epochs: &Epochs,
-    shutdown: &CancellationToken,
+    stop: &CancellationToken,
 ) -> anyhow::Result<(Groups, Vec<JoinHandle<()>>)> {
     let mut handles: Vec<GroupHandle> = Vec::with_capacity(deployments.len());
     let mut tasks = Vec::with_capacity(deployments.len());
     for deployment in deployments {
         let name = deployment.config.served_model_name.clone();
-        let spawned = group::spawn(deployment, config.limits.clone(), epochs.clone(), shutdown.clone());
+        let spawned = group::spawn(deployment, config.limits.clone(), epochs.clone(), stop.clone());
         let (handle, task) = spawned.with_context(|| format!("deployment {name:?}"))?;
         handles.push(handle);
         tasks.push(task);
@@ -79,10 +91,10 @@ fn spawn_groups(
 }
 
 /// Waits for every group to end. One that ends before it was asked to is a bug, and the process says so.
-async fn supervise(tasks: Vec<JoinHandle<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+async fn supervise(tasks: Vec<JoinHandle<()>>, stop: &CancellationToken) -> anyhow::Result<()> {
     let (first, _, rest) = select_all(tasks).await;
-    let unasked = !shutdown.is_cancelled();
-    shutdown.cancel();
+    let unasked = !stop.is_cancelled();
+    stop.cancel();
     let rest = join_all(rest).await;
     for ended in std::iter::once(first).chain(rest) {
         ended.context("a group's task broke down")?;
@@ -112,7 +124,8 @@ async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) ->
         .add_service(inference.max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(cluster.max_decoding_message_size(MAX_RESULT_BYTES))
         .serve_with_incoming_shutdown(incoming, end.cancelled_owned())
-        .await?;
+        .await
+        .context("serving gRPC")?;
     watcher.abort();
     Ok(())
 }

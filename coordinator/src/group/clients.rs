@@ -159,6 +159,13 @@ impl Clients {
         self.by_sequence.iter().filter(|(_, client)| stalled(client)).map(|(&sequence, _)| sequence).collect()
     }
 
+    /// Gives readers more time: the coordinator itself could not write.
+    pub(super) fn forgive(&mut self, lateness: Duration) {
+        for since in self.by_sequence.values_mut().filter_map(|client| client.stalled_since.as_mut()) {
+            *since += lateness;
+        }
+    }
+
     /// Counts a failed epoch for every request that has run. Gives those that have seen more than `most`.
     pub(super) fn count_replays(&mut self, most: u32) -> Vec<SequenceId> {
         let mut exhausted = Vec::new();

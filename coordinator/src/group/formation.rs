@@ -16,6 +16,10 @@ use super::{
 };
 use crate::planner::pools::{self, KvPools};
 
+/// Longest text that a worker may say about itself.
+const MAX_HELLO_BYTES: usize = 256;
+/// Longest rendezvous; every rank gets all of them.
+const MAX_RENDEZVOUS_BYTES: usize = 64 << 10;
 /// How far back failures count.
 const CRASH_MEMORY: Duration = Duration::from_secs(60);
 /// When a stream breaks, who is gone becomes clear a moment later: forming at once would only fail again.
@@ -47,6 +51,7 @@ impl Group {
     /// # Errors
     /// When it computes with another backend, holds another checkpoint, or is one too many.
     pub(super) fn attach(&mut self, hello: v1::Hello, commands: CommandSender) -> Result<MemberId, Fault> {
+        check_hello(&hello)?;
         let backend = self.deployment.config.backend.to_string();
         if hello.backend != backend {
             let text = format!("worker computes with {:?}, this group with {backend:?}", hello.backend);
@@ -88,7 +93,10 @@ impl Group {
                 member.load = Load::Loaded { weight_bytes, free_bytes };
             }
             worker_event::Event::Prepared(prepared) => {
-                if current == Some(Epoch(prepared.epoch)) {
+                if prepared.rendezvous.len() > MAX_RENDEZVOUS_BYTES {
+                    let text = format!("rendezvous is {} bytes long", prepared.rendezvous.len());
+                    self.lose(id, Some(Fault::invalid("rendezvous", text.clone())), &text);
+                } else if current == Some(Epoch(prepared.epoch)) {
                     member.readiness.rendezvous = Some(prepared.rendezvous);
                 }
             }
@@ -311,7 +319,26 @@ impl Group {
             Phase::Running { flight, .. } => flight.forgive(lateness),
             Phase::Gathering { .. } | Phase::Failed { .. } => {}
         }
+        self.roster.forgive(lateness);
+        self.clients.forgive(lateness);
+        if let Some(since) = &mut self.stalled_since {
+            *since += lateness;
+        }
     }
+}
+
+/// What a worker says about itself is shown and kept, so it is bounded.
+fn check_hello(hello: &v1::Hello) -> Result<(), Fault> {
+    if hello.incarnation == 0 {
+        return Err(Fault::invalid("incarnation", "incarnation is 0, expected a number drawn at random"));
+    }
+    for (field, text) in [("host", &hello.host), ("device", &hello.device), ("backend", &hello.backend)] {
+        if text.len() > MAX_HELLO_BYTES {
+            let text = format!("{field} is {} bytes long, expected at most {MAX_HELLO_BYTES}", text.len());
+            return Err(Fault::invalid(field, text));
+        }
+    }
+    Ok(())
 }
 
 fn stale(message: String) -> Fault {

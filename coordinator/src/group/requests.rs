@@ -7,7 +7,7 @@ use phalanx_proto::{
     fault::{Fault, FaultKind},
     ids::SequenceId,
 };
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::{
     Submission,
@@ -68,7 +68,7 @@ impl Group {
     /// Ends a request whose client dropped its stream.
     pub(super) fn hung_up(&mut self, sequence: SequenceId) {
         if self.clients.hung_up(sequence) {
-            info!(sequence = sequence.0, "client hung up");
+            debug!(sequence = sequence.0, "client hung up");
             self.engine.cancel(sequence);
             self.deliver_due();
         }

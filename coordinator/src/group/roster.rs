@@ -166,6 +166,13 @@ impl Roster {
         self.ranked().filter(|(_, _, member)| lags(member)).map(|(id, _, _)| id).collect()
     }
 
+    /// Counts nobody silent for the time in which the coordinator itself could not listen.
+    pub(super) fn forgive(&mut self, lateness: Duration) {
+        for member in self.members.values_mut() {
+            member.heard += lateness;
+        }
+    }
+
     /// The highest epoch that any worker has formed.
     pub(super) fn highest_epoch(&self) -> Epoch {
         Epoch(self.all().map(|member| member.hello.highest_epoch).max().unwrap_or(0))

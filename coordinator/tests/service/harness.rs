@@ -15,26 +15,26 @@ use tonic::{Status, Streaming, transport::Channel};
 use crate::worker::{Nature, Worker};
 
 /// Nothing in these tests takes longer, even on a loaded machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-pub const MODEL: &str = "gpt-oss-20b";
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const MODEL: &str = "gpt-oss-20b";
 /// Longest sequence in these tests.
-pub const CONTEXT: usize = 256;
+pub(crate) const CONTEXT: usize = 256;
 
-pub struct Cluster {
-    pub address: SocketAddr,
-    pub client: InferenceClient<Channel>,
-    pub shutdown: CancellationToken,
-    pub run: JoinHandle<anyhow::Result<()>>,
+pub(crate) struct Cluster {
+    pub(crate) address: SocketAddr,
+    pub(crate) client: InferenceClient<Channel>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) run: JoinHandle<anyhow::Result<()>>,
     digest: u64,
     next_incarnation: u64,
 }
 
 /// Limits for tests: short where a test waits for them, long elsewhere.
-pub fn limits() -> Limits {
+pub(crate) fn limits() -> Limits {
     Limits { step_deadline_per_token: Some(Duration::ZERO), ..Limits::default() }
 }
 
-pub fn deployment(world_size: usize) -> DeploymentConfig {
+pub(crate) fn deployment(world_size: usize) -> DeploymentConfig {
     let headers = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/headers").join(MODEL);
     DeploymentConfig {
         max_model_len: Some(CONTEXT),
@@ -47,11 +47,11 @@ pub fn deployment(world_size: usize) -> DeploymentConfig {
 
 impl Cluster {
     /// A coordinator without workers.
-    pub async fn start(deployment: DeploymentConfig, limits: Limits) -> Self {
+    pub(crate) async fn start(deployment: DeploymentConfig, limits: Limits) -> Self {
         Self::start_with(Config { deployments: vec![deployment], state_dir: None, limits }).await
     }
 
-    pub async fn start_with(config: Config) -> Self {
+    pub(crate) async fn start_with(config: Config) -> Self {
         let digest = Checkpoint::open(&config.deployments[0].model_dir).unwrap().digest;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -63,7 +63,7 @@ impl Cluster {
     }
 
     /// A coordinator with a ready group of `world_size` workers.
-    pub async fn ready(world_size: usize, limits: Limits) -> (Self, Vec<Worker>) {
+    pub(crate) async fn ready(world_size: usize, limits: Limits) -> (Self, Vec<Worker>) {
         let mut cluster = Self::start(deployment(world_size), limits).await;
         let workers = (0..world_size as u32).map(|rank| cluster.worker(Some(rank))).collect();
         cluster.wait_for(|load| load.state() == GroupState::Ready).await;
@@ -71,7 +71,7 @@ impl Cluster {
     }
 
     /// What a good worker says of itself.
-    pub fn nature(&mut self, wanted_rank: Option<u32>) -> Nature {
+    pub(crate) fn nature(&mut self, wanted_rank: Option<u32>) -> Nature {
         let incarnation = self.next_incarnation;
         self.next_incarnation += 1;
         let hello = v1::Hello {
@@ -87,13 +87,13 @@ impl Cluster {
         Nature { hello, free_bytes: 100 << 20, load_fault: None }
     }
 
-    pub fn worker(&mut self, wanted_rank: Option<u32>) -> Worker {
+    pub(crate) fn worker(&mut self, wanted_rank: Option<u32>) -> Worker {
         let nature = self.nature(wanted_rank);
         Worker::spawn(self.address, nature)
     }
 
     /// Waits until the group's load satisfies `condition`.
-    pub async fn wait_for(&self, condition: impl Fn(&v1::DeploymentLoad) -> bool) -> v1::DeploymentLoad {
+    pub(crate) async fn wait_for(&self, condition: impl Fn(&v1::DeploymentLoad) -> bool) -> v1::DeploymentLoad {
         let mut last = None;
         let watch = async {
             let request = v1::WatchRequest { interval_ms: 10 };
@@ -111,13 +111,13 @@ impl Cluster {
         found.unwrap_or_else(|_| panic!("condition not reached, last was {last:?}"))
     }
 
-    pub async fn generate(&self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateEvent>, Status> {
+    pub(crate) async fn generate(&self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateEvent>, Status> {
         let generated = timeout(PATIENCE, self.client.clone().generate(request)).await;
         generated.expect("an answer in time").map(tonic::Response::into_inner)
     }
 
     /// Runs a request to its end.
-    pub async fn complete(&self, request: v1::GenerateRequest) -> Result<Completion, Status> {
+    pub(crate) async fn complete(&self, request: v1::GenerateRequest) -> Result<Completion, Status> {
         read(self.generate(request).await?).await
     }
 }
@@ -129,14 +129,14 @@ impl Drop for Cluster {
 }
 
 #[derive(Debug)]
-pub struct Completion {
-    pub admitted: v1::Admitted,
-    pub tokens: Vec<u32>,
-    pub finished: v1::Finished,
+pub(crate) struct Completion {
+    pub(crate) admitted: v1::Admitted,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) finished: v1::Finished,
 }
 
 /// Reads a stream to its end and checks its form: admitted, tokens, one terminal event.
-pub async fn read(stream: Streaming<v1::GenerateEvent>) -> Result<Completion, Status> {
+pub(crate) async fn read(stream: Streaming<v1::GenerateEvent>) -> Result<Completion, Status> {
     let mut stream = stream;
     let (mut admitted, mut tokens, mut finished) = (None, Vec::new(), None);
     while let Some(item) = timeout(PATIENCE, stream.next()).await.expect("a stream that ends") {
@@ -152,7 +152,7 @@ pub async fn read(stream: Streaming<v1::GenerateEvent>) -> Result<Completion, St
 }
 
 /// A greedy request of `max_tokens` tokens.
-pub fn request(prompt: &[u32], max_tokens: u32) -> v1::GenerateRequest {
+pub(crate) fn request(prompt: &[u32], max_tokens: u32) -> v1::GenerateRequest {
     let sampling = v1::Sampling { temperature: Some(0.0), ..Default::default() };
     let (prompt, sampling) = (prompt.to_vec(), Some(sampling));
     v1::GenerateRequest { prompt, max_tokens: Some(max_tokens), sampling, ..Default::default() }

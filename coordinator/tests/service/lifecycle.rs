@@ -57,8 +57,8 @@ async fn a_group_becomes_ready_when_all_its_workers_are_there() {
 async fn the_kv_cache_is_cut_for_the_rank_with_the_least_memory() {
     let mut cluster = Cluster::start(deployment(2), limits()).await;
     let mut small = cluster.nature(Some(1));
-    // 4 key-value heads of 64, keys and values, 2 bytes, 12 layers of each kind, 16 tokens.
-    let block = 2 * 4 * 64 * 2 * 12 * 16;
+    // 4 key-value heads of 64, keys and values, 4 bytes, 12 layers of each kind, 16 tokens.
+    let block = 2 * 4 * 64 * 4 * 12 * 16;
     small.free_bytes = 60 * block + 17;
     let workers = [cluster.worker(Some(0)), Worker::spawn(cluster.address, small)];
     cluster.wait_for(|load| load.state() == GroupState::Ready).await;
@@ -105,9 +105,12 @@ async fn workers_that_do_not_belong_are_refused_with_the_reason() {
     other_backend.hello.backend = "cuda".into();
     let mut other_files = cluster.nature(None);
     other_files.hello.checkpoint_digest ^= 1;
+    let mut nobody = cluster.nature(None);
+    nobody.hello.incarnation = 0;
     let mut other_model = cluster.nature(None);
     other_model.hello.deployment = "gpt-oss-120b".into();
     let cases = [
+        (nobody, Code::InvalidArgument, "incarnation"),
         (other_backend, Code::Unimplemented, "\"cuda\""),
         (other_files, Code::FailedPrecondition, "digest"),
         (other_model, Code::NotFound, "gpt-oss-20b"),

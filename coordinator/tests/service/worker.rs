@@ -28,13 +28,13 @@ use xxhash_rust::xxh3::xxh3_64;
 const TOY_VOCABULARY: u64 = 200_000;
 
 /// The token that follows `tokens`.
-pub fn next_token(tokens: &[u32]) -> u32 {
+pub(crate) fn next_token(tokens: &[u32]) -> u32 {
     let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
     (xxh3_64(&bytes) % TOY_VOCABULARY) as u32
 }
 
 /// What a request gets when nothing disturbs it.
-pub fn continuation(prompt: &[u32], count: usize) -> Vec<u32> {
+pub(crate) fn continuation(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     for _ in 0..count {
         tokens.push(next_token(&tokens));
@@ -44,42 +44,42 @@ pub fn continuation(prompt: &[u32], count: usize) -> Vec<u32> {
 
 /// How a worker behaves, changeable while it runs.
 #[derive(Debug)]
-pub struct Conduct {
+pub(crate) struct Conduct {
     /// Time that a step takes, in microseconds.
-    pub step_us: AtomicU64,
+    pub(crate) step_us: AtomicU64,
     /// The step whose token digest it reports wrongly, once. 0: none.
-    pub lie_at: AtomicU64,
+    pub(crate) lie_at: AtomicU64,
     /// Lies in the first step of this many epochs.
-    pub lies: AtomicU32,
+    pub(crate) lies: AtomicU32,
     /// While true, it answers nothing, neither steps nor commands.
-    pub hangs: watch::Sender<bool>,
+    pub(crate) hangs: watch::Sender<bool>,
     /// Sequences that it holds, after its last step.
-    pub sequences: AtomicU64,
+    pub(crate) sequences: AtomicU64,
     /// Trace contexts of admitted sequences.
-    pub traceparents: Mutex<Vec<String>>,
+    pub(crate) traceparents: Mutex<Vec<String>>,
     /// The last `Form` that it was given.
-    pub formed: Mutex<Option<v1::Form>>,
+    pub(crate) formed: Mutex<Option<v1::Form>>,
     /// Why it was asked to leave.
-    pub left: Mutex<Option<String>>,
+    pub(crate) left: Mutex<Option<String>>,
 }
 
 /// What a worker says of itself.
 #[derive(Clone, Debug)]
-pub struct Nature {
-    pub hello: v1::Hello,
-    pub free_bytes: u64,
+pub(crate) struct Nature {
+    pub(crate) hello: v1::Hello,
+    pub(crate) free_bytes: u64,
     /// Said instead of `Loaded`.
-    pub load_fault: Option<v1::WorkerFault>,
+    pub(crate) load_fault: Option<v1::WorkerFault>,
 }
 
 /// A running worker; aborted when dropped.
-pub struct Worker {
-    pub conduct: Arc<Conduct>,
-    pub task: JoinHandle<Result<(), Status>>,
+pub(crate) struct Worker {
+    pub(crate) conduct: Arc<Conduct>,
+    pub(crate) task: JoinHandle<Result<(), Status>>,
 }
 
 impl Worker {
-    pub fn spawn(address: SocketAddr, nature: Nature) -> Self {
+    pub(crate) fn spawn(address: SocketAddr, nature: Nature) -> Self {
         let conduct = Arc::new(Conduct {
             step_us: AtomicU64::new(0),
             lie_at: AtomicU64::new(0),
@@ -94,7 +94,7 @@ impl Worker {
         Self { conduct, task }
     }
 
-    pub fn step_takes(&self, time: Duration) {
+    pub(crate) fn step_takes(&self, time: Duration) {
         self.conduct.step_us.store(time.as_micros() as u64, Ordering::Relaxed);
     }
 }
