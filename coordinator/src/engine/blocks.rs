@@ -4,10 +4,10 @@
 //! cached and can be shared until the block is taken), or *referred to* by block tables and by releases that wait for
 //! their step. Only free and idle blocks can be taken.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use phalanx_proto::ids::{BlockId, TokenId};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::prefix::BlockKey;
 
@@ -19,7 +19,7 @@ pub(super) struct Content {
     /// Chained hash up to its beginning.
     pub(super) parent: BlockKey,
     /// The block's own tokens: a hash alone decides nothing.
-    pub(super) tokens: Box<[TokenId]>,
+    pub(super) tokens: Arc<[TokenId]>,
 }
 
 #[derive(Debug, Default)]
@@ -52,7 +52,9 @@ impl Pool {
     pub(super) fn new(count: usize) -> Self {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         let blocks = (0..count).map(|_| Block::default()).collect();
-        Self { blocks, free: (0..count).rev().map(BlockId).collect(), ..Self::default() }
+        // No step should have to wait while this table grows.
+        let cached = FxHashMap::with_capacity_and_hasher(count as usize, FxBuildHasher);
+        Self { blocks, free: (0..count).rev().map(BlockId).collect(), cached, ..Self::default() }
     }
 
     /// Number of blocks.

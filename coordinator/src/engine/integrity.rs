@@ -171,13 +171,15 @@ mod tests {
         engine
     }
 
+    type Damage = fn(&mut Engine);
+
     fn first(engine: &mut Engine) -> &mut Sequence {
         engine.sequences.get_mut(&SequenceId(1)).unwrap()
     }
 
     #[test]
     fn everything_that_is_lost_or_doubled_is_found() {
-        let faults: [(&str, fn(&mut Engine)); 9] = [
+        let faults: [(&str, Damage); 9] = [
             ("a table dropped without its blocks", |e| first(e).run.as_mut().unwrap().table = Table::default()),
             ("a sequence that was forgotten", |e| drop(e.sequences.remove(&SequenceId(1)))),
             ("a sequence that runs and waits", |e| {

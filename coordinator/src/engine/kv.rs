@@ -148,11 +148,6 @@ impl Table {
         self.sliding_start
     }
 
-    /// Number of sliding blocks held now.
-    pub(super) fn sliding_held(&self) -> usize {
-        self.sliding.len()
-    }
-
     /// The blocks that the ranks do not know yet, in order of position. Tables on the ranks are positional, so a place
     /// that left the window before the sequence came there is filled with block 0, which is never read through it.
     pub(super) fn name_new(&mut self) -> (Vec<BlockId>, Vec<BlockId>) {

@@ -4,7 +4,7 @@
 //!    even after the plans in flight, the hindmost sequence goes back to waiting.
 //! 2. Decodes: every running sequence that has a token to feed.
 //! 3. Prefills with what is left of the token budget, running and waiting ones together, by standing. They leave one block
-//!    to each decoding sequence. When one waits for room, nobody passes it.
+//!    to each of these decodes. When one waits for room, nobody passes it.
 //!
 //! Whoever is foremost can always go on, so the engine cannot come to a standstill; and the oldest candidate goes first
 //! after it has been overtaken a few times, so nobody starves.
@@ -31,9 +31,9 @@ struct Draft {
     plan: Plan,
     /// Tokens that still go in.
     budget: usize,
-    /// Nobody new is admitted: somebody waits for room.
+    /// Nobody else is admitted: the one whose turn it is waits for room.
     closed: bool,
-    /// Blocks that prefills leave to decoding sequences.
+    /// Blocks that prefills leave to the decodes of this plan.
     headroom: Blocks,
     /// Prefix blocks that this plan fills; later plans can share them, this one cannot.
     filling: FxHashSet<BlockKey>,
@@ -57,7 +57,7 @@ impl Engine {
             filling: FxHashSet::default(),
             prefilled: Vec::new(),
         };
-        draft.closed = self.make_room();
+        self.make_room();
         self.plan_decodes(&mut draft);
         self.plan_prefills(&mut draft, now);
         draft.plan.retire = std::mem::take(&mut self.retire);
@@ -69,9 +69,8 @@ impl Engine {
     }
 
     /// Preempts from the rear until the next token of everyone before has its blocks, now or once the plans in flight are
-    /// done. Returns whether anybody had to go.
-    fn make_room(&mut self) -> bool {
-        let running = self.running.len();
+    /// done.
+    fn make_room(&mut self) {
         let mut claimed = Blocks::default();
         let mut index = 0;
         while let Some(standing) = self.running.get(index) {
@@ -83,7 +82,6 @@ impl Engine {
                 self.preempt_hindmost();
             }
         }
-        self.running.len() < running
     }
 
     /// Sends the last running sequence back to the queue. What was sampled for it in plans in flight still counts.
@@ -99,23 +97,19 @@ impl Engine {
     }
 
     fn plan_decodes(&mut self, draft: &mut Draft) {
-        let mut decoding = 0;
         for index in 0..self.running.len() {
             let id = self.running[index].sequence;
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            decoding += usize::from(!sequence.is_prefilling());
-            if !sequence.can_decode() || draft.budget == 0 {
-                continue;
-            }
-            if !self.kv.available().covers(sequence.next_need(self.kv.shape())) {
-                draft.closed = true;
+            let has_room = self.kv.available().covers(sequence.next_need(self.kv.shape()));
+            if !sequence.can_decode() || !has_room || draft.budget == 0 {
                 continue;
             }
             let end = sequence.run.as_ref().map_or(0, |run| run.planned + 1);
             draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
             draft.budget -= 1;
         }
-        draft.headroom = self.kv.shape().each(decoding);
+        // Those that stall are not counted: else a prefill could wait for them, and they for the blocks it holds.
+        draft.headroom = self.kv.shape().each(draft.plan.slices.len());
     }
 
     fn plan_prefills(&mut self, draft: &mut Draft, now: Duration) {
@@ -123,13 +117,17 @@ impl Engine {
             self.running.iter().copied().filter(|standing| self.is_prefilling(standing.sequence)).collect();
         let oldest = prefilling.iter().map(|standing| standing.sequence).chain(self.waiting.oldest()).min();
         if let Some(oldest) = oldest.filter(|_| self.overtakes >= MAX_OVERTAKES) {
-            draft.closed |= !self.prefill_or_admit(oldest, draft, now);
+            if self.is_prefilling(oldest) {
+                self.plan_chunk(oldest, draft);
+            } else {
+                draft.closed |= !self.admit(oldest, draft, now);
+            }
         }
         let mut prefilling = prefilling.into_iter().peekable();
         while draft.budget > 0 {
             let waiting = self.waiting.foremost().filter(|_| !draft.closed);
             if let Some(running) = prefilling.next_if(|running| waiting.is_none_or(|waiting| *running < waiting)) {
-                draft.closed |= !self.plan_chunk(running.sequence, draft);
+                self.plan_chunk(running.sequence, draft);
             } else if let Some(waiting) = waiting {
                 draft.closed |= !self.admit(waiting.sequence, draft, now);
             } else {
@@ -148,33 +146,29 @@ impl Engine {
         self.sequences.get(&id).is_some_and(Sequence::is_prefilling)
     }
 
-    fn prefill_or_admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
-        if self.is_prefilling(id) { self.plan_chunk(id, draft) } else { self.admit(id, draft, now) }
-    }
-
-    /// Gives a prefilling sequence as many positions as budget and blocks allow. Returns whether the blocks sufficed.
-    fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) -> bool {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return true };
-        let Some(run) = &sequence.run else { return true };
+    /// Gives a prefilling sequence as many positions as budget and blocks allow. If the blocks do not suffice, nobody can
+    /// be admitted after it either: a newcomer needs a block of each pool.
+    fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(run) = &sequence.run else { return };
         if draft.prefilled.contains(&id) {
-            return true;
+            return;
         }
         let shape = *self.kv.shape();
-        let wanted = run.prefill_end.min(run.planned + draft.budget);
         let room = self.kv.available().minus(draft.headroom);
-        let (start, end) = (run.planned, wanted.min(run.table.reachable(&shape, room)));
+        let start = run.planned;
+        let end = run.prefill_end.min(start + draft.budget).min(run.table.reachable(&shape, room));
         if end <= start {
-            return false;
+            return;
         }
         let filled = start / shape.block_size..end / shape.block_size;
         draft.filling.extend(filled.filter_map(|index| sequence.keys.get(index)));
         draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
         draft.prefilled.push(id);
         draft.budget -= end - start;
-        end == wanted
     }
 
-    /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens.
+    /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens. Returns whether.
     fn admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
         if self.running.len() >= self.config.max_num_seqs {
             return false;
@@ -184,11 +178,10 @@ impl Engine {
             return false;
         }
         let Some(hit) = self.look_up(id, draft) else { return false };
-        let promised = self.promised();
         let Some(sequence) = self.sequences.get_mut(&id) else { return false };
         let reach = self.kv.shape().each(hit.blocks);
         let need = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), sequence.tokens.len());
-        let room = self.kv.available().minus(hit.unreferenced).minus(promised);
+        let room = self.kv.available().minus(hit.unreferenced);
         if !room.covers(need + draft.headroom) {
             return false;
         }
@@ -203,7 +196,8 @@ impl Engine {
         let place = self.running.partition_point(|other| *other < standing);
         self.running.insert(place, standing);
         self.note_admission(id, hit_tokens, now);
-        self.plan_chunk(id, draft)
+        self.plan_chunk(id, draft);
+        true
     }
 
     /// What the prefix cache has of a waiting sequence. `None` if waiting for the next plan finds more of it.
@@ -221,19 +215,6 @@ impl Engine {
         let shareable = sequence.tokens.len().saturating_sub(1) / size;
         let next = sequence.keys.get(hit.blocks).filter(|_| hit.blocks < shareable);
         next.is_none_or(|key| !draft.filling.contains(&key)).then_some(hit)
-    }
-
-    /// Blocks that running sequences need to finish their prefills.
-    fn promised(&self) -> Blocks {
-        let shape = self.kv.shape();
-        let mut promised = Blocks::default();
-        for standing in &self.running {
-            let sequence = self.sequences.get(&standing.sequence).filter(|sequence| sequence.is_prefilling());
-            if let Some(run) = sequence.and_then(|sequence| sequence.run.as_ref()) {
-                promised += shape.need_in_chunks(run.table.reach(), run.table.sliding_held(), run.prefill_end);
-            }
-        }
-        promised
     }
 
     /// Takes note of a finished plan: what it fills can be shared from now on, what leaves the window returns with it.

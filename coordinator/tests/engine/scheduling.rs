@@ -153,6 +153,61 @@ fn the_hindmost_makes_room_and_gets_the_same_tokens_later() {
 }
 
 #[test]
+fn a_newcomer_leaves_a_block_to_each_running_decode() {
+    for (full_blocks, admitted) in [(6, 0), (7, 1)] {
+        let mut cluster = Cluster::new(small_config(), full_blocks, 40);
+        cluster.submit(request(&[1], 10)).unwrap();
+        cluster.submit(request(&[2], 10)).unwrap();
+        cluster.turn();
+        cluster.submit(request(&[3; 12], 2)).unwrap();
+        assert_eq!(cluster.plan().unwrap().admit.len(), admitted, "it takes 3 blocks of {full_blocks}, 2 are taken");
+        cluster.drain();
+        cluster.check_outputs();
+    }
+}
+
+#[test]
+fn a_chunk_leaves_a_block_to_each_running_decode() {
+    let mut cluster = Cluster::new(small_config(), 60, 8);
+    cluster.submit(request(&[1], 10)).unwrap();
+    cluster.submit(request(&[2], 10)).unwrap();
+    cluster.turn();
+    cluster.submit(request(&[3; 60], 2)).unwrap();
+    let chunk = cluster.plan().unwrap().slices[2].clone();
+    assert_eq!(chunk.num_tokens, 16, "of 8 sliding blocks 2 are taken and 2 are left to the decodes");
+    cluster.drain();
+    cluster.check_outputs();
+}
+
+#[test]
+fn a_preempted_sequence_waits_for_the_tokens_that_are_on_their_way() {
+    let config = EngineConfig { window: 3, enable_prefix_caching: false, has_sliding_layers: false, ..small_config() };
+    let mut cluster = Cluster::new(config, 4, 0);
+    let [first, second] = [1, 2].map(|seed| cluster.submit(request(&[seed; 2], 8)).unwrap());
+    let cancelled = cluster.submit(request(&[3], 8)).unwrap();
+    let mut low = request(&[4], 8);
+    low.priority = -1;
+    let low = cluster.submit(low).unwrap();
+    cluster.plan().unwrap();
+    cluster.cancel(cancelled);
+    cluster.plan().unwrap();
+    cluster.plan().unwrap();
+    cluster.apply();
+    // The first two need a second block each; one is on its way back, the hindmost has to give another.
+    assert_eq!(cluster.plan().unwrap().retire, [low]);
+    cluster.cancel(first);
+    cluster.cancel(second);
+    // The one block is there now, but a token of the third plan is not known yet.
+    cluster.apply();
+    assert!(cluster.plan().unwrap().admit.is_empty());
+    cluster.apply();
+    cluster.apply();
+    assert_eq!(cluster.plan().unwrap().admit[0].tokens.len(), 1 + 3);
+    cluster.drain();
+    cluster.check_outputs();
+}
+
+#[test]
 fn a_shortage_of_sliding_blocks_is_survived_too() {
     for sliding in 3..12 {
         let mut cluster = Cluster::new(small_config(), 200, sliding);
