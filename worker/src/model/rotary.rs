@@ -2,7 +2,7 @@
 //!
 //! Computed in f32, step by step as openai/gpt-oss and transformers do, because a model is trained and released with
 //! the rounding of its angles: at position 4000 exact angles differ by up to 2e-4, and the logits of the golden file by
-//! 8e-4. A single frequency that is off by its last bit moves them by 4e-4 (the second pair) to 1e-5 (the ninth).
+//! 8e-4. A single frequency that is off by its last bit moves them by 1e-3 (the second pair) to 1e-5 (the ninth).
 
 use std::f64::consts::TAU;
 

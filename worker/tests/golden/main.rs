@@ -6,7 +6,7 @@
 //! | `worlds` | the same greedy tokens at every world size and layout; how a prompt is cut and batched changes no bit |
 //! | `nano` | a trained model's sixty golden answers |
 //! | `shapes` | checkpoints of other shapes: the backends and the world sizes agree |
-
+//! | `refusals` | damaged checkpoints and batches that do not fit |
 //! | `group`, `session`, `recorder`, `files` | ranks as threads, running prompts, listening in, reading golden files |
 
 #![allow(missing_docs, reason = "tests have no users")]
@@ -18,12 +18,13 @@ mod group;
 mod in_process;
 mod nano;
 mod recorder;
+mod refusals;
 mod session;
 mod shapes;
 mod tiny;
 mod worlds;
 
-use phalanx_worker::backend::{Arithmetic, Backend, reference::ReferenceBackend};
+use phalanx_worker::backend::{Arithmetic, Backend, cpu::CpuBackend, reference::ReferenceBackend};
 
 /// A backend under test.
 trait Candidate: Backend {
@@ -41,5 +42,15 @@ impl Candidate for ReferenceBackend {
 
     fn make(arithmetic: Arithmetic) -> Self {
         Self::new(arithmetic)
+    }
+}
+
+impl Candidate for CpuBackend {
+    // The same operations in f32 on the same exactly decoded weights, summed in another order: the same bound holds.
+    const LOGIT_TOLERANCE: f32 = ReferenceBackend::LOGIT_TOLERANCE;
+
+    fn make(arithmetic: Arithmetic) -> Self {
+        // One thread a rank: groups of four share the test machine's two cores.
+        Self::new(arithmetic, 1).unwrap()
     }
 }

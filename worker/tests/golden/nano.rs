@@ -1,7 +1,10 @@
 //! The bundled model's sixty golden answers, token by token.
 
 use phalanx_proto::{ids::TokenId, layout::Parallelism};
-use phalanx_worker::{backend::reference::ReferenceBackend, model::Model};
+use phalanx_worker::{
+    backend::{cpu::CpuBackend, reference::ReferenceBackend},
+    model::Model,
+};
 
 use crate::{
     Candidate,
@@ -52,4 +55,9 @@ fn answers_are_golden_for<B: Candidate>(worlds: &[usize]) {
 #[test]
 fn reference_gives_nanos_golden_answers() {
     answers_are_golden_for::<ReferenceBackend>(&[1]);
+}
+
+#[test]
+fn cpu_gives_nanos_golden_answers_at_worlds_1_2_and_4() {
+    answers_are_golden_for::<CpuBackend>(&[1, 2, 4]);
 }

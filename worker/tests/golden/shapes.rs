@@ -5,8 +5,11 @@ use std::{
     process::Command,
 };
 
-use phalanx_proto::{ids::TokenId, layout::Parallelism};
-use phalanx_worker::{backend::reference::ReferenceBackend, model::Model};
+use phalanx_proto::{checkpoint::Checkpoint, ids::TokenId, layout::Parallelism};
+use phalanx_worker::{
+    backend::{cpu::CpuBackend, reference::ReferenceBackend},
+    model::Model,
+};
 
 use crate::{
     Candidate,
@@ -66,13 +69,19 @@ fn agree(what: &str, vocab: usize, found: &Answer, expected: &Answer, tolerance:
     assert_eq!(choices(found), choices(expected), "{what}");
 }
 
-/// The whole model and every division of it, on one backend, against the reference on one rank.
-fn divisions_agree<B: Candidate>(checkpoint: &Path, divisions: &[Division]) {
-    let geometry = phalanx_proto::checkpoint::Checkpoint::open(checkpoint).unwrap().geometry;
-    let expected = answer::<ReferenceBackend>(checkpoint, ALONE);
+/// Makes a checkpoint and holds every division of it, on both backends, against the whole model on the reference.
+fn divisions_agree(settings: &[&str], divisions: &[Division]) {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = make(folder.path(), settings);
+    let vocab = Checkpoint::open(&checkpoint).unwrap().geometry.vocab_size;
+    let expected = answer::<ReferenceBackend>(&checkpoint, ALONE);
     for &division in divisions {
-        let found = answer::<B>(checkpoint, division);
-        agree(&format!("{division:?}"), geometry.vocab_size, &found, &expected, B::LOGIT_TOLERANCE);
+        let found = answer::<ReferenceBackend>(&checkpoint, division);
+        agree(&format!("reference {division:?}"), vocab, &found, &expected, ReferenceBackend::LOGIT_TOLERANCE);
+    }
+    for &division in [ALONE].iter().chain(divisions) {
+        let found = answer::<CpuBackend>(&checkpoint, division);
+        agree(&format!("cpu {division:?}"), vocab, &found, &expected, CpuBackend::LOGIT_TOLERANCE);
     }
 }
 
@@ -84,33 +93,26 @@ fn expert(world: usize) -> Division {
     (world, Parallelism::Expert)
 }
 
-/// Calls `$check::<Backend>(path, divisions)` for each backend.
-fn with_checkpoint(settings: &[&str], divisions: &[Division]) {
-    let folder = tempfile::tempdir().unwrap();
-    let checkpoint = make(folder.path(), settings);
-    divisions_agree::<ReferenceBackend>(&checkpoint, divisions);
-}
-
 #[test]
 fn more_ranks_than_key_value_heads_agree() {
     let settings = ["num_attention_heads=8", "num_key_value_heads=2", "num_hidden_layers=2"];
-    with_checkpoint(&settings, &[tensor(4), expert(8)]);
+    divisions_agree(&settings, &[tensor(4), expert(8)]);
 }
 
 #[test]
 fn uneven_blocks_and_an_odd_vocabulary_agree() {
     let settings = ["intermediate_size=224", "hidden_size=96", "vocab_size=1021", "head_dim=32", "num_hidden_layers=3"];
-    with_checkpoint(&settings, &[tensor(2), tensor(4)]);
+    divisions_agree(&settings, &[tensor(2), tensor(4)]);
 }
 
 #[test]
 fn odd_windows_and_odd_numbers_of_experts_agree() {
     let settings = ["sliding_window=37", "num_local_experts=5", "num_experts_per_tok=3", "num_hidden_layers=2"];
-    with_checkpoint(&settings, &[tensor(2), expert(2), expert(4)]);
+    divisions_agree(&settings, &[tensor(2), expert(2), expert(4)]);
 }
 
 #[test]
 fn a_window_of_one_and_a_single_expert_agree() {
     let settings = ["sliding_window=1", "num_local_experts=1", "num_experts_per_tok=1", "num_hidden_layers=2"];
-    with_checkpoint(&settings, &[tensor(2)]);
+    divisions_agree(&settings, &[tensor(2)]);
 }

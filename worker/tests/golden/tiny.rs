@@ -1,7 +1,10 @@
 //! Random-weight checkpoints with the release's awkward divisibilities, at world 1.
 
 use phalanx_proto::ids::TokenId;
-use phalanx_worker::{backend::reference::ReferenceBackend, model::Model};
+use phalanx_worker::{
+    backend::{cpu::CpuBackend, reference::ReferenceBackend},
+    model::Model,
+};
 
 use crate::{
     Candidate,
@@ -76,4 +79,20 @@ fn reference_equals_the_golden_values_of_tiny_ragged() {
 fn reference_equals_the_golden_values_within_each_layer() {
     inner_values_hold::<ReferenceBackend>("tiny");
     inner_values_hold::<ReferenceBackend>("tiny-ragged");
+}
+
+#[test]
+fn cpu_equals_the_golden_values_of_tiny() {
+    golden_values_hold::<CpuBackend>("tiny");
+}
+
+#[test]
+fn cpu_equals_the_golden_values_of_tiny_ragged() {
+    golden_values_hold::<CpuBackend>("tiny-ragged");
+}
+
+#[test]
+fn cpu_equals_the_golden_values_within_each_layer() {
+    inner_values_hold::<CpuBackend>("tiny");
+    inner_values_hold::<CpuBackend>("tiny-ragged");
 }

@@ -5,7 +5,10 @@ use phalanx_proto::{
     ids::TokenId,
     layout::{Layout, LayoutError, Parallelism},
 };
-use phalanx_worker::{backend::reference::ReferenceBackend, model::Model};
+use phalanx_worker::{
+    backend::{cpu::CpuBackend, reference::ReferenceBackend},
+    model::Model,
+};
 
 use crate::{
     Candidate,
@@ -80,16 +83,35 @@ fn six_query_heads_refuse_four_ranks_and_name_the_sizes_that_fit() {
     assert!(matches!(refused, LayoutError::WorldSize { world_size: 4, .. }));
 }
 
+fn tensor(world: usize) -> Division {
+    (world, Parallelism::Tensor)
+}
+
+fn expert(world: usize) -> Division {
+    (world, Parallelism::Expert)
+}
+
 #[test]
 fn reference_gives_the_golden_tokens_at_every_world_size_and_layout() {
-    let tensor = |world| (world, Parallelism::Tensor);
-    let expert = |world| (world, Parallelism::Expert);
-    golden_tokens_are_the_same_for::<ReferenceBackend>("tiny", &[tensor(2), tensor(4), expert(2), expert(4)], 300);
+    golden_tokens_are_the_same_for::<ReferenceBackend>("tiny", &[tensor(2), tensor(4), expert(4)], 300);
     golden_tokens_are_the_same_for::<ReferenceBackend>("tiny-ragged", &[tensor(2), expert(2)], 300);
+}
+
+#[test]
+fn cpu_gives_the_golden_tokens_at_every_world_size_and_layout() {
+    let divisions = [tensor(1), tensor(2), tensor(4), expert(2), expert(4)];
+    golden_tokens_are_the_same_for::<CpuBackend>("tiny", &divisions, usize::MAX);
+    golden_tokens_are_the_same_for::<CpuBackend>("tiny-ragged", &[tensor(2), expert(1), expert(2)], usize::MAX);
 }
 
 #[test]
 fn reference_computes_the_same_bits_however_prompts_are_cut_and_batched() {
     cutting_changes_no_bit::<ReferenceBackend>("tiny");
     cutting_changes_no_bit::<ReferenceBackend>("tiny-ragged");
+}
+
+#[test]
+fn cpu_computes_the_same_bits_however_prompts_are_cut_and_batched() {
+    cutting_changes_no_bit::<CpuBackend>("tiny");
+    cutting_changes_no_bit::<CpuBackend>("tiny-ragged");
 }

@@ -15,19 +15,16 @@ pub(super) struct Rotary {
 }
 
 impl Rotary {
-    /// Makes ready for the positions of a batch. Angles are taken in f64: at position 100,000 f32 would be off by 0.004.
+    /// Makes ready for the positions of a batch.
     pub(super) fn prepare(&mut self, positions: &[u32], arithmetic: &Arithmetic) {
         if self.positions == positions {
             return;
         }
         self.positions = positions.to_vec();
         self.turns.clear();
-        for &position in positions {
-            self.turns.extend(arithmetic.inverse_frequencies.iter().map(|frequency| {
-                let (sin, cos) = (f64::from(position) * frequency).sin_cos();
-                ((cos * arithmetic.rotary_scale) as f32, (sin * arithmetic.rotary_scale) as f32)
-            }));
-        }
+        let pairs = arithmetic.inverse_frequencies.len();
+        let turn = |&position: &u32| (0..pairs).map(move |pair| arithmetic.rotation(position, pair));
+        self.turns.extend(positions.iter().flat_map(turn));
     }
 
     /// Turns every head of every row, first half against second half, and multiplies by `factor`.
