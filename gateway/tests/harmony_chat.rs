@@ -1,4 +1,5 @@
 //! Chat requests to prompts: the bundled model's golden conversations, and the rules of history.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Parsing against `openai-harmony` 0.0.8 on well-formed text, and against good sense on malformed text.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
 
@@ -263,7 +264,10 @@ fn calls_are_told_from_results() {
 
 #[test]
 fn the_command_line_parses_text_and_tokens_alike() {
-    let text = "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|> x";
+    let text = concat!(
+        "<|channel|>analysis<|message|>t<|end|>",
+        "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|> x",
+    );
     let ids = common::O200K.encode_with_special(text);
     let parse = |input: Value| {
         let output = cli::parse_json(&harmony(), &input.to_string()).expect("it parses");

@@ -1,4 +1,5 @@
 //! Rendering against the conversations that `openai-harmony` 0.0.8 rendered, text and tokens.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! What `tokenizer.json` may look like, and what is said of those that cannot be run.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
 

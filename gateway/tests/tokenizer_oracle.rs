@@ -1,4 +1,5 @@
 //! The tokenizer against the `tokenizers` crate, on the release's vocabulary and on the bundled model's.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
 

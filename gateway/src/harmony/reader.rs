@@ -292,7 +292,7 @@ impl<'d> Reader<'d> {
         let suffixes = CONTENT_TYPES.into_iter().chain(Channel::ALL.map(Channel::name));
         let glued = suffixes.filter(|suffix| {
             let Some(stem) = name.strip_suffix(suffix) else { return false };
-            // Without a list of functions only `json` is certain enough, and only where it does not look like a word of the name.
+            // Without a list of functions only `json` is certain enough, and only where it is no word of the name's.
             let likely =
                 functions.is_empty() && *suffix == "json" && stem.ends_with(|c: char| c.is_ascii_alphanumeric());
             is_function(stem) || likely

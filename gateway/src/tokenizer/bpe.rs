@@ -52,7 +52,7 @@ impl Bpe {
             self.merge_by_scanning(scratch);
             out.extend_from_slice(&scratch.ids);
         } else {
-            self.merge_with_heap(&mut scratch.ids);
+            self.merge_with_heap(&mut scratch.ids, &mut scratch.pairs);
             out.extend(scratch.ids.iter().copied().filter(|&id| id != GONE));
         }
     }
@@ -79,35 +79,37 @@ impl Bpe {
     }
 
     /// Merges in O(n log n). Merged-away symbols are left as [`GONE`].
-    fn merge_with_heap(&self, ids: &mut [u32]) {
+    fn merge_with_heap(&self, ids: &mut [u32], pairs: &mut Vec<u64>) {
         let mut links = Links::new(ids.len());
-        let candidate = |merge: u64, at: usize| Reverse((rank(merge), at));
-        let mut heap: BinaryHeap<_> = ids
-            .windows(2)
-            .enumerate()
-            .map(|(at, pair)| (self.merge_of(pair[0], pair[1]), at))
-            .filter(|&(merge, _)| merge != NO_MERGE)
-            .map(|(merge, at)| candidate(merge, at))
-            .collect();
-        while let Some(Reverse((candidate_rank, at))) = heap.pop() {
-            let Some(right) = links.after(at) else { continue };
-            let merge = if ids[at] == GONE { NO_MERGE } else { self.merge_of(ids[at], ids[right]) };
-            // The pair that this entry was made for may have been merged away since.
-            if merge == NO_MERGE || rank(merge) != candidate_rank {
-                continue;
-            }
+        pairs.clear();
+        pairs.extend(ids.windows(2).map(|pair| self.merge_of(pair[0], pair[1])));
+        pairs.push(NO_MERGE);
+        let known = pairs.iter().enumerate().filter(|&(_, &merge)| merge != NO_MERGE);
+        let mut heap: BinaryHeap<_> = known.map(|(at, &merge)| candidate(merge, at)).collect();
+        while let Some(Reverse(best)) = heap.pop() {
+            let at = best as u32 as usize;
+            let merge = pairs[at];
+            // The pair that this candidate was made for may have been merged away since.
+            let Some(right) = links.after(at).filter(|_| candidate(merge, at) == Reverse(best)) else { continue };
             ids[at] = merged_id(merge);
             ids[right] = GONE;
+            pairs[right] = NO_MERGE;
             links.remove(right);
             let neighbours = [links.before(at).map(|left| (left, at)), links.after(at).map(|next| (at, next))];
+            pairs[at] = NO_MERGE;
             for (left, right) in neighbours.into_iter().flatten() {
-                let merge = self.merge_of(ids[left], ids[right]);
-                if merge != NO_MERGE {
-                    heap.push(candidate(merge, left));
+                pairs[left] = self.merge_of(ids[left], ids[right]);
+                if pairs[left] != NO_MERGE {
+                    heap.push(candidate(pairs[left], left));
                 }
             }
         }
     }
+}
+
+/// A merge at a place, in the order in which merges happen: rank, then place.
+fn candidate(merge: u64, at: usize) -> Reverse<u64> {
+    Reverse(u64::from(rank(merge)) << 32 | at as u64)
 }
 
 fn rank(merge: u64) -> u32 {

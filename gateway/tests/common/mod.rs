@@ -1,4 +1,5 @@
 //! What several of the gateway's tests need.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
 pub(crate) mod o200k;

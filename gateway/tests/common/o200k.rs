@@ -1,6 +1,7 @@
 //! The release's `tokenizer.json`, built from the rank file that the crate `tiktoken-rs` ships.
 //!
 //! The file is 28 MB, so it is not in the repository; it is built once into `target/tmp` and checked against its sha256.
+#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 use std::{
     collections::HashMap,
@@ -120,7 +121,14 @@ fn build(ranks: &[u8]) -> Vec<u8> {
     assert!(tokens.iter().map(|(_, rank)| *rank).eq(0..199_998), "the ranks are 0 to 199997");
     let alphabet = alphabet();
     let spell = |bytes: &[u8]| bytes.iter().map(|&byte| alphabet[byte as usize]).collect::<String>();
-    let level = |add_prefix_space, trim_offsets, use_regex| serde_json::json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": trim_offsets, "use_regex": use_regex});
+    let level = |add_prefix_space, trim_offsets, use_regex| {
+        serde_json::json!({
+            "type": "ByteLevel",
+            "add_prefix_space": add_prefix_space,
+            "trim_offsets": trim_offsets,
+            "use_regex": use_regex,
+        })
+    };
     let split =
         serde_json::json!({"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": false});
     let file = File {
