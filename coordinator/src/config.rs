@@ -119,7 +119,7 @@ pub struct DeploymentConfig {
     pub parallelism: Parallelism,
     /// What the workers compute with; workers with another are refused.
     pub backend: Backend,
-    /// Longest sequence, prompt and output together. Absent: the model's own limit.
+    /// Longest sequence, prompt and output together. Absent: the model's own limit, as far as the KV cache reaches.
     pub max_model_len: Option<usize>,
     /// Sequences that run at once.
     pub max_num_seqs: usize,
@@ -197,7 +197,7 @@ impl Default for Limits {
 /// One deployment, checked against its checkpoint.
 #[derive(Clone, Debug)]
 pub struct Deployment {
-    /// As given, with `max_model_len` filled in.
+    /// As given.
     pub config: DeploymentConfig,
     /// Geometry, digest and end tokens.
     pub checkpoint: Checkpoint,
@@ -205,6 +205,8 @@ pub struct Deployment {
     pub layout: Layout,
     /// What the KV cache must serve.
     pub demand: KvDemand,
+    /// Whether a cache that is too small shortens the context instead of failing the group: nobody asked for a length.
+    pub context_may_shrink: bool,
 }
 
 impl Deployment {
@@ -235,8 +237,8 @@ impl Deployment {
             max_num_batched_tokens: config.max_num_batched_tokens,
             enable_prefix_caching: config.enable_prefix_caching,
         };
-        let config = DeploymentConfig { max_model_len: Some(max_model_len), ..config.clone() };
-        Ok(Self { config, checkpoint, layout, demand })
+        let context_may_shrink = config.max_model_len.is_none();
+        Ok(Self { config: config.clone(), checkpoint, layout, demand, context_may_shrink })
     }
 
     /// Number of ranks.

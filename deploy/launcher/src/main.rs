@@ -1,2 +1,71 @@
-//! The Phalanx binary.
-fn main() {}
+//! The one binary. `phalanx serve` starts and supervises a whole cluster; `coordinator`, `worker` and `gateway` start one
+//! process each, on any host; `plan`, `bench`, `chat` and `harmony` are tools.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`cli`] | the command line as typed |
+//! | [`config_file`] | `--config FILE`: flags from a file, and profiles |
+//! | [`models`] | where a model's directory is found |
+//! | [`serve`], [`supervisor`], [`progress`] | the cluster as child processes |
+//! | [`components`] | one coordinator, worker or gateway |
+//! | [`telemetry`] | logs and traces |
+//! | [`plan`], [`bench`], [`chat`], [`harmony`] | the tools |
+
+mod bench;
+mod chat;
+mod cli;
+mod components;
+mod config_file;
+mod harmony;
+mod models;
+mod plan;
+mod progress;
+mod serve;
+mod supervisor;
+mod telemetry;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+/// Exit status of a process whose configuration, model or machine cannot work: starting it again would not help.
+pub(crate) const EXIT_REFUSED: u8 = 78;
+
+fn main() -> ExitCode {
+    let args = match config_file::expand(std::env::args_os().map(cli::spell_out).collect()) {
+        Ok(args) => args,
+        Err(error) => return refuse(&error),
+    };
+    let cli = Cli::parse_from(args);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return refuse(&anyhow::anyhow!("the async runtime cannot start: {error}")),
+    };
+    let outcome = runtime.block_on(run(cli.command));
+    // Loading threads and the like must not hold up the end of the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match outcome {
+        Ok(code) => code,
+        Err(error) => refuse(&error),
+    }
+}
+
+fn refuse(error: &anyhow::Error) -> ExitCode {
+    eprintln!("phalanx: {error:#}");
+    ExitCode::from(EXIT_REFUSED)
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(args) => serve::run(*args).await,
+        Command::Coordinator(args) => components::coordinator(*args).await.map(|()| ExitCode::SUCCESS),
+        Command::Worker(args) => components::worker(*args).await.map(|()| ExitCode::SUCCESS),
+        Command::Gateway(args) => components::gateway(*args).await.map(|()| ExitCode::SUCCESS),
+        Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(*args).await.map(|()| ExitCode::SUCCESS),
+        Command::Chat(args) => chat::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Harmony(args) => harmony::run(&args).map(|()| ExitCode::SUCCESS),
+    }
+}

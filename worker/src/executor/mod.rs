@@ -113,6 +113,11 @@ impl<'a, B: Backend> Executor<'a, B> {
         })
     }
 
+    /// The model, for what can be asked of it between steps.
+    pub fn model(&self) -> &Model<B> {
+        self.model
+    }
+
     /// Runs one token through the whole model on all ranks, before the first plan: the collective has proved itself and
     /// buffers are in place when the group says that it is ready. What it writes to the KV cache is never read.
     ///
