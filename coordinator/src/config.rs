@@ -183,7 +183,7 @@ impl Default for Limits {
         Self {
             step_deadline: Duration::from_secs(5),
             step_deadline_per_token: None,
-            prepare_timeout: Duration::from_secs(5),
+            prepare_timeout: Duration::from_secs(3),
             form_timeout: Duration::from_secs(120),
             load_silence: Duration::from_secs(60),
             client_stall: Duration::from_secs(30),

@@ -81,6 +81,8 @@ pub(super) struct Group {
     /// Resolve when a client's stream is dropped.
     pub(super) hang_ups: FuturesUnordered<BoxFuture<'static, SequenceId>>,
     pub(super) instruments: Instruments,
+    /// Longest sequence, as far as the KV cache reaches.
+    pub(super) context: usize,
     pub(super) crashes: Crashes,
     /// Why the last epoch ended.
     pub(super) last_failure: String,
@@ -110,6 +112,7 @@ impl Group {
         let roster = Roster::new(deployment.world_size(), deployment.layout.parallelism().to_string());
         let (published, load) = watch::channel(v1::DeploymentLoad::default());
         let group = Self {
+            context: deployment.demand.max_model_len,
             pace: Pace::new(limits.step_deadline, deployment.deadline_per_token(&limits)),
             deployment,
             limits,

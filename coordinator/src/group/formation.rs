@@ -14,7 +14,7 @@ use super::{
     flight::Flight,
     roster::{CommandSender, Load, Member, MemberId, PlanSender},
 };
-use crate::planner::pools::{self, KvPools};
+use crate::planner::pools::{self, KvDemand, KvPools, PoolError};
 
 /// Longest text that a worker may say about itself.
 const MAX_HELLO_BYTES: usize = 256;
@@ -216,11 +216,11 @@ impl Group {
         let config = &self.deployment.config;
         let free = self.roster.least_free_bytes();
         let memory = config.kv_cache_memory_bytes.map_or(free, |most| most.min(free));
-        let window = self.deployment.checkpoint.geometry.sliding_window;
-        let pools = match pools::split(memory, &self.deployment.block_bytes(), window, &self.deployment.demand) {
-            Ok(pools) => pools,
+        let (pools, context) = match self.cut_pools(memory) {
+            Ok(cut) => cut,
             Err(error) => return self.fail(error.to_string()),
         };
+        self.context = context;
         let kv = v1::KvCacheShape {
             block_size: config.block_size as u32,
             full_blocks: pools.full_blocks,
@@ -236,13 +236,28 @@ impl Group {
         self.phase = Phase::Forming { epoch, since: self.now(), pools };
     }
 
+    /// Pools for `memory` bytes on each rank, and the longest sequence that they serve.
+    fn cut_pools(&self, memory: u64) -> Result<(KvPools, usize), PoolError> {
+        let (bytes, window) = (self.deployment.block_bytes(), self.deployment.checkpoint.geometry.sliding_window);
+        let split =
+            |demand: &KvDemand| pools::split(memory, &bytes, window, demand).map(|pools| (pools, demand.max_model_len));
+        let demand = &self.deployment.demand;
+        match split(demand) {
+            Err(short) if self.deployment.context_may_shrink && short.largest > 0 => {
+                split(&KvDemand { max_model_len: short.largest as usize, ..demand.clone() })
+            }
+            outcome => outcome,
+        }
+    }
+
     fn start(&mut self, epoch: Epoch, pools: KvPools) {
         let now = self.now();
         let flight = Flight::new(epoch, self.deployment.world_size(), self.pace, now);
         self.phase = Phase::Running { flight, pools };
         (self.was_ready, self.stalled_since, self.touched) = (true, None, true);
-        info!(epoch = epoch.0, full_blocks = pools.full_blocks, sliding_blocks = pools.sliding_blocks, "ready");
-        let events = self.engine.begin_epoch(epoch, pools.full_blocks as usize, pools.sliding_blocks as usize);
+        let KvPools { full_blocks, sliding_blocks } = pools;
+        info!(epoch = epoch.0, full_blocks, sliding_blocks, max_model_len = self.context, "ready");
+        let events = self.engine.begin_epoch(epoch, full_blocks as usize, sliding_blocks as usize);
         self.deliver(events);
     }
 

@@ -55,7 +55,7 @@ pub(super) fn load(group: &Group) -> v1::DeploymentLoad {
     let sliding = (stats.sliding_blocks_used as u64, stats.sliding_blocks as u64);
     let fuller = if full.1 == 0 || sliding.0 * full.1 > full.0 * sliding.1 { sliding } else { full };
     v1::DeploymentLoad {
-        deployment: Some(group.deployment.describe()),
+        deployment: Some(v1::Deployment { max_model_len: group.context as u32, ..group.deployment.describe() }),
         state: state(group).into(),
         detail: detail(group),
         epoch: group.phase.epoch().map_or(0, |epoch| epoch.0),

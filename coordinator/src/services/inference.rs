@@ -66,7 +66,7 @@ impl Inference for InferenceService {
     }
 
     async fn models(&self, _: Request<v1::ModelsRequest>) -> Result<Response<v1::ModelsResponse>, Status> {
-        let deployments = self.groups.iter().map(|group| group.deployment.describe()).collect();
+        let deployments = self.groups.iter().filter_map(|group| group.load.borrow().deployment.clone()).collect();
         Ok(Response::new(v1::ModelsResponse { deployments }))
     }
 

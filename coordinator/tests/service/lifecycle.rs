@@ -81,6 +81,27 @@ async fn too_little_memory_fails_the_group_with_the_numbers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_context_that_nobody_asked_for_is_as_long_as_the_cache() {
+    let mut config = deployment(1);
+    config.max_model_len = None;
+    let mut cluster = Cluster::start(config, limits()).await;
+    let mut poor = cluster.nature(None);
+    // 8 key-value heads this time; 10 full blocks beside the 12 sliding ones that one sequence needs.
+    poor.free_bytes = 22 * 2 * 8 * 64 * 4 * 12 * 16;
+    let _worker = Worker::spawn(cluster.address, poor);
+    let load = cluster.wait_for(|load| load.state() == GroupState::Ready).await;
+    assert_eq!(load.deployment.unwrap().max_model_len, 160);
+    let models = cluster.client.clone().models(v1::ModelsRequest {}).await.unwrap().into_inner().deployments;
+    assert_eq!(models[0].max_model_len, 160);
+    assert_eq!(cluster.complete(request(&[1; 100], 60)).await.unwrap().tokens, continuation(&[1; 100], 60));
+    let unbounded = v1::GenerateRequest { max_tokens: None, ..request(&[1; 100], 0) };
+    let tokens = cluster.complete(unbounded).await.unwrap().tokens;
+    assert!((60..=61).contains(&tokens.len()), "the token sampled last needs no place: {}", tokens.len());
+    let refused = Fault::from(&cluster.complete(request(&[1; 100], 80)).await.unwrap_err());
+    assert_eq!(refused.kind, FaultKind::ContextLength);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_cannot_load_fails_the_group_until_another_one_comes() {
     let mut cluster = Cluster::start(deployment(1), limits()).await;
     let mut broken = cluster.nature(None);
