@@ -6,16 +6,20 @@
 //!
 //! 1. First exchange, all rows: each rank's largest logit and its own winner. Greedy choices and plain temperature
 //!    (Gumbel-max) are decided by it.
-//! 2. Second exchange, rows with filters or log-probabilities: weights' sums and the best 64 candidates of each rank.
-//! 3. Further exchanges with four times as many candidates, until they provably cover the filter.
+//! 2. Second exchange, rows with log-probabilities or filters: sums of weights, most probable tokens, the k best
+//!    candidates, or how the weights are spread. Choices with `top_k` are decided by it.
+//! 3. Third exchange, rows with `top_p` or `min_p` alone: each rank's winner inside the nucleus, and the few candidates
+//!    at its edge.
 //!
 //! Order: logit bias, penalties, forbidden tokens, temperature, `min_p`, `top_k`, `top_p`. Log-probabilities are those
 //! of the model's own logits, over the whole vocabulary.
 
 mod candidates;
+mod filter;
 mod history;
 mod noise;
 mod shard;
+mod weights;
 mod wire;
 
 use std::ops::Range;
@@ -25,17 +29,13 @@ use thiserror::Error;
 
 pub use self::history::{Choice, History};
 use self::{
-    candidates::{Candidate, Filter, Offer, first, ln_weights, read_all, write_all},
-    noise::Noise,
+    candidates::{Candidate, first, read_all, write_all},
+    filter::{Filter, Final, Narrowed, Offer},
     shard::Shard,
+    weights::{Boundary, Weighing, ln_weights},
     wire::{Reader, Writer},
 };
 use crate::collective::{Collective, CollectiveError};
-
-/// Candidates that each rank offers first for a filtered choice.
-const FIRST_OFFER: usize = 64;
-/// How many times more it offers when they were too few.
-const OFFER_GROWTH: usize = 4;
 
 /// Why no token was chosen.
 #[derive(Debug, Error)]
@@ -159,16 +159,19 @@ impl Sampler {
         let shard = |(row, query)| Shard::new(row, &self.rows, self.sampled_vocab, query);
         let shards: Vec<Shard<'_>> = logits.chunks_exact(width).zip(queries).map(shard).collect();
         let summaries = exchange_summaries(&shards, queries, collective)?;
-        let (winners, reports) = exchange_candidates(&shards, queries, &summaries, collective)?;
-        Ok(winners.iter().zip(&reports).map(|(winner, report)| sampled(winner, report.as_ref())).collect())
+        let mut rows = rows(queries, &summaries);
+        narrow(&shards, &mut rows, collective)?;
+        finish(&shards, &mut rows, collective)?;
+        Ok(rows.iter().map(sampled).collect())
     }
 }
 
-fn sampled(winner: &Candidate, report: Option<&Report>) -> Sampled {
+fn sampled(row: &Row) -> Sampled {
     let logprob = |raw: f32, report: &Report| (f64::from(raw) - report.ln_sum) as f32;
+    let report = row.report.as_ref();
     Sampled {
-        token: TokenId(winner.token),
-        logprob: report.map(|report| logprob(winner.raw, report)),
+        token: TokenId(row.winner.token),
+        logprob: report.map(|report| logprob(row.winner.raw, report)),
         top: report.map_or_else(Vec::new, |report| {
             report.top.iter().map(|c| (TokenId(c.token), logprob(c.raw, report))).collect()
         }),
@@ -222,103 +225,126 @@ fn summary(row: usize, ranks: impl Iterator<Item = Summary>) -> Result<Summary, 
     if merged.best == Candidate::NONE { Err(SampleError::NothingLeft { row }) } else { Ok(merged) }
 }
 
-/// One row's part of an exchange of candidates.
-#[derive(Default)]
+/// One row on its way from logits to a token. All ranks know the same of it.
+struct Row {
+    /// The choice, final once the filter is gone.
+    winner: Candidate,
+    raw_max: f32,
+    /// Alternatives to report, if log-probabilities are wanted.
+    logprobs: Option<usize>,
+    report: Option<Report>,
+    filter: Option<Filter>,
+    /// Where the nucleus of a filtered choice ends.
+    boundary: Option<Boundary>,
+}
+
+fn rows(queries: &[Query<'_>], summaries: &[Summary]) -> Vec<Row> {
+    let row = |(query, summary): (&Query<'_>, &Summary)| Row {
+        winner: summary.best,
+        raw_max: summary.raw_max,
+        logprobs: query.logprobs(),
+        report: None,
+        filter: match query {
+            Query::Choose(choice) => Filter::new(choice, summary.best.key),
+            Query::Score { .. } => None,
+        },
+        boundary: None,
+    };
+    queries.iter().zip(summaries).map(row).collect()
+}
+
+/// The second exchange.
+fn narrow(shards: &[Shard<'_>], rows: &mut [Row], collective: &mut dyn Collective) -> Result<(), SampleError> {
+    let asked = |row: &Row| row.logprobs.is_some() || row.filter.is_some();
+    if !rows.iter().any(asked) {
+        return Ok(());
+    }
+    let mut message = Writer::default();
+    for (shard, row) in shards.iter().zip(&*rows).filter(|(_, row)| asked(row)) {
+        if let Some(top) = row.logprobs {
+            message.u128(Weighing::raw(row.raw_max).sum(shard.raw()));
+            write_all(&shard.alternatives(top), &mut message);
+        }
+        if let Some(filter) = &row.filter {
+            filter.offer(shard).write(&mut message);
+        }
+    }
+    let ranks = gather(&message, collective, |reader| {
+        rows.iter().map(|row| Part::read(row, reader)).collect::<Option<Vec<_>>>()
+    })?;
+    for (row, parts) in rows.iter_mut().zip(by_row(ranks)) {
+        let (reports, offers): (Vec<_>, Vec<_>) = parts.into_iter().map(|part| (part.report, part.offer)).unzip();
+        if let Some(top) = row.logprobs {
+            row.report = Some(Report::new(reports.into_iter().flatten(), top, row.raw_max));
+        }
+        let offers = offers.into_iter().flatten().collect();
+        match row.filter.as_ref().map(|filter| filter.narrow(offers)) {
+            Some(Narrowed::Chosen(winner)) => (row.winner, row.filter) = (winner, None),
+            Some(Narrowed::Open(boundary)) => row.boundary = boundary,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// The third exchange.
+fn finish(shards: &[Shard<'_>], rows: &mut [Row], collective: &mut dyn Collective) -> Result<(), SampleError> {
+    let mut message = Writer::default();
+    for (shard, row) in shards.iter().zip(&*rows) {
+        if let Some(filter) = &row.filter {
+            filter.finish(row.boundary, shard).write(&mut message);
+        }
+    }
+    if message.0.is_empty() {
+        return Ok(());
+    }
+    let open = rows.iter().filter(|row| row.filter.is_some()).count();
+    let read = |reader: &mut Reader<'_>| (0..open).map(|_| Final::read(reader)).collect::<Option<Vec<_>>>();
+    let ranks = gather(&message, collective, read)?;
+    let open = rows.iter_mut().filter(|row| row.filter.is_some());
+    for (row, finals) in open.zip(by_row(ranks)) {
+        if let Some(filter) = row.filter.take() {
+            row.winner = filter.decide(row.boundary, finals);
+        }
+    }
+    Ok(())
+}
+
+/// One rank's part of one row in the second exchange.
 struct Part {
-    /// Sum of weights and alternatives, where log-probabilities are wanted.
+    /// Sum of weights and most probable tokens.
     report: Option<(u128, Vec<Candidate>)>,
     offer: Option<Offer>,
 }
 
-/// The winners of all rows, and what their log-probabilities follow from.
-fn exchange_candidates(
-    shards: &[Shard<'_>],
-    queries: &[Query<'_>],
-    summaries: &[Summary],
-    collective: &mut dyn Collective,
-) -> Result<(Vec<Candidate>, Vec<Option<Report>>), SampleError> {
-    let mut winners: Vec<Candidate> = summaries.iter().map(|summary| summary.best).collect();
-    let mut reports: Vec<Option<Report>> = queries.iter().map(|_| None).collect();
-    let mut filters: Vec<Option<(Filter, Choice<'_>)>> = queries.iter().zip(summaries).map(filter).collect();
-    let mut count = FIRST_OFFER;
-    loop {
-        let reported = |row: usize| queries[row].logprobs().filter(|_| count == FIRST_OFFER);
-        let rows = (0..queries.len()).filter(|&row| reported(row).is_some() || filters[row].is_some());
-        let rows: Vec<usize> = rows.collect();
-        if rows.is_empty() {
-            return Ok((winners, reports));
-        }
-        let parts = rows.iter().map(|&row| Part {
-            report: reported(row)
-                .map(|top| (shards[row].raw_mass(summaries[row].raw_max), shards[row].alternatives(top))),
-            offer: filters[row].as_ref().map(|(filter, _)| shards[row].offer(filter, count)),
-        });
-        for (&row, parts) in rows.iter().zip(exchange_parts(parts.collect(), collective)?) {
-            let (row_reports, offers): (Vec<_>, Vec<_>) =
-                parts.into_iter().map(|part| (part.report, part.offer)).unzip();
-            if let Some(top) = reported(row) {
-                reports[row] = Some(report(row_reports.into_iter().flatten(), top, summaries[row].raw_max));
-            }
-            let offers: Vec<Offer> = offers.into_iter().flatten().collect();
-            if let Some(winner) = filters[row].as_ref().and_then(|(filter, choice)| decide(filter, choice, &offers)) {
-                winners[row] = winner;
-                filters[row] = None;
-            }
-        }
-        count *= OFFER_GROWTH;
+impl Part {
+    /// Reads what `row` asked for, which is the same on every rank.
+    fn read(row: &Row, reader: &mut Reader<'_>) -> Option<Self> {
+        let report = match row.logprobs {
+            Some(_) => Some((reader.u128()?, read_all(reader)?)),
+            None => None,
+        };
+        let offer = match &row.filter {
+            Some(filter) => Some(filter.read_offer(reader)?),
+            None => None,
+        };
+        Some(Self { report, offer })
     }
 }
 
-fn filter<'a>((query, summary): (&Query<'a>, &Summary)) -> Option<(Filter, Choice<'a>)> {
-    match query {
-        Query::Choose(choice) if Filter::applies(choice.settings) => {
-            Some((Filter::new(choice.settings, summary.best.key), *choice))
-        }
-        _ => None,
+impl Report {
+    fn new(parts: impl Iterator<Item = (u128, Vec<Candidate>)>, top: usize, raw_max: f32) -> Self {
+        let (sums, alternatives): (Vec<_>, Vec<_>) = parts.unzip();
+        let ln_sum = f64::from(raw_max) + ln_weights(sums.iter().sum());
+        Self { ln_sum, top: first(alternatives.into_iter().flatten(), top) }
     }
 }
 
-/// The winner, or nothing while the offers may not cover the filter.
-fn decide(filter: &Filter, choice: &Choice<'_>, offers: &[Offer]) -> Option<Candidate> {
-    let survivors = filter.survivors(offers)?;
-    let noise = Noise::new(choice.settings.seed, choice.settings.choice, choice.position);
-    filter.pick(&survivors, &noise)
-}
-
-fn report(parts: impl Iterator<Item = (u128, Vec<Candidate>)>, top: usize, raw_max: f32) -> Report {
-    let (masses, alternatives): (Vec<_>, Vec<_>) = parts.unzip();
-    let ln_sum = f64::from(raw_max) + ln_weights(masses.iter().sum());
-    Report { ln_sum, top: first(alternatives.into_iter().flatten(), top) }
-}
-
-/// Every rank's parts, by row.
-fn exchange_parts(mine: Vec<Part>, collective: &mut dyn Collective) -> Result<Vec<Vec<Part>>, SampleError> {
-    let mut message = Writer::default();
-    for part in &mine {
-        if let Some((mass, alternatives)) = &part.report {
-            message.u128(*mass);
-            write_all(alternatives, &mut message);
-        }
-        if let Some(offer) = &part.offer {
-            offer.write(&mut message);
-        }
-    }
-    // Which parts a row has follows from the queries, which are the same on every rank.
-    let read_part = |like: &Part, reader: &mut Reader<'_>| {
-        let mut part = Part::default();
-        if like.report.is_some() {
-            part.report = Some((reader.u128()?, read_all(reader)?));
-        }
-        if like.offer.is_some() {
-            part.offer = Some(Offer::read(reader)?);
-        }
-        Some(part)
-    };
-    let read = |reader: &mut Reader<'_>| mine.iter().map(|like| read_part(like, reader)).collect::<Option<Vec<_>>>();
-    let ranks = gather(&message, collective, read)?;
-    let mut rows: Vec<Vec<Part>> = mine.iter().map(|_| Vec::with_capacity(ranks.len())).collect();
+/// Turns each rank's rows into each row's ranks.
+fn by_row<T>(ranks: Vec<Vec<T>>) -> Vec<Vec<T>> {
+    let mut rows: Vec<Vec<T>> = ranks.first().map_or_else(Vec::new, |rank| rank.iter().map(|_| Vec::new()).collect());
     for rank in ranks {
         rows.iter_mut().zip(rank).for_each(|(row, part)| row.push(part));
     }
-    Ok(rows)
+    rows
 }

@@ -7,6 +7,8 @@ use std::f64::consts::{LN_2, LOG2_E, SQRT_2};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::history::Choice;
+
 /// The counter-based generator of one choice: a key for the choice, the token's id as the counter. A token's noise
 /// does not depend on which rank holds its row.
 pub(super) struct Noise {
@@ -18,8 +20,13 @@ pub(super) struct Noise {
 pub(super) struct Draw(u64);
 
 impl Noise {
+    /// The noise of one choice.
+    pub(super) fn of(choice: &Choice<'_>) -> Self {
+        Self::new(choice.settings.seed, choice.settings.choice, choice.position)
+    }
+
     /// Noise for the token at `position` of choice `choice` of the request seeded with `seed`.
-    pub(super) fn new(seed: u64, choice: u32, position: usize) -> Self {
+    fn new(seed: u64, choice: u32, position: usize) -> Self {
         let mut counter = [0; 20];
         counter[..8].copy_from_slice(&seed.to_le_bytes());
         counter[8..12].copy_from_slice(&choice.to_le_bytes());
@@ -34,14 +41,10 @@ impl Noise {
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         Draw(z ^ (z >> 31))
     }
-
-    /// Gumbel noise: the token with the largest `logit / temperature + gumbel` is a sample of the softmax.
-    pub(super) fn gumbel(&self, token: u32) -> f64 {
-        self.draw(token).gumbel()
-    }
 }
 
 impl Draw {
+    /// Gumbel noise: the token with the largest `logit / temperature + gumbel` is a sample of the softmax. It is
     /// `-ln(-ln u)` for `u` in (0, 1), one of the 2^52 centres of equal intervals; at most 36.8.
     pub(super) fn gumbel(self) -> f64 {
         const INTERVAL: f64 = 1.0 / (1_u64 << 52) as f64;
@@ -88,9 +91,11 @@ pub(super) fn ln(x: f64) -> f64 {
     exponent as f64 * LN_2 + 2.0 * (s + s * series)
 }
 
-/// Exponential of a number that is at most 0, to about one unit in the last place; 0 below -700.
+/// Exponential of a number that is at most 0, to about one unit in the last place; below -700 that of -700. Without
+/// branches and conversions, so that a loop over it uses vector instructions.
+#[inline]
 pub(super) fn exp(x: f64) -> f64 {
-    // Adding and subtracting 1.5 * 2^52 rounds to the nearest whole number.
+    // Adding 1.5 * 2^52 rounds to the nearest whole number, which then stands in the lowest bits.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     // ln 2 in two parts (fdlibm's e_exp.c), so that k ln 2 has no rounding error that matters.
     const LN_2_HIGH: f64 = 6.931_471_803_691_238_2e-1;
@@ -110,13 +115,12 @@ pub(super) fn exp(x: f64) -> f64 {
         1.0 / 6.0,
         1.0 / 2.0,
     ];
-    if x < -700.0 {
-        return 0.0;
-    }
-    let k = (x * LOG2_E + ROUND) - ROUND;
+    let x = if x > -700.0 { x } else { -700.0 };
+    let rounded = x * LOG2_E + ROUND;
+    let k = rounded - ROUND;
     let r = (x - k * LN_2_HIGH) - k * LN_2_LOW;
     let series = TERMS.iter().fold(0.0, |sum, term| (sum + term) * r);
-    let power = f64::from_bits(((k as i64 + 1023) as u64) << 52);
+    let power = f64::from_bits(rounded.to_bits().wrapping_add(1023) << 52);
     (1.0 + (r + r * series)) * power
 }
 
@@ -136,7 +140,7 @@ mod tests {
             let (got, expected) = (exp(-x.min(700.0)), (-x.min(700.0)).exp());
             assert!((got - expected).abs() <= 5e-16 * expected, "exp -{x}: {got} {expected}");
         }
-        assert_eq!((exp(0.0), ln(1.0), exp(-1e6)), (1.0, 0.0, 0.0));
+        assert_eq!((exp(0.0), ln(1.0), exp(-1e6)), (1.0, 0.0, exp(-700.0)));
     }
 
     #[test]
@@ -154,7 +158,7 @@ mod tests {
     fn the_noise_has_the_moments_of_the_gumbel_distribution() {
         const COUNT: u32 = 1_000_000;
         let noise = Noise::new(20_260_101, 0, 17);
-        let draws: Vec<f64> = (0..COUNT).map(|token| noise.gumbel(token)).collect();
+        let draws: Vec<f64> = (0..COUNT).map(|token| noise.draw(token).gumbel()).collect();
         let mean = draws.iter().sum::<f64>() / f64::from(COUNT);
         let variance = draws.iter().map(|g| (g - mean).powi(2)).sum::<f64>() / f64::from(COUNT);
         // Euler's constant and π²/6; five standard errors (1.28e-3 and 3.5e-3).

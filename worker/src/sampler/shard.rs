@@ -4,8 +4,8 @@ use std::{borrow::Cow, ops::Range};
 
 use super::{
     Query,
-    candidates::{Candidate, Filter, Offer, first, weight},
-    history::Choice,
+    candidates::{Candidate, first},
+    filter::Filter,
     noise::Noise,
 };
 
@@ -31,6 +31,11 @@ impl<'a> Shard<'a> {
         Self { first: rows.start, raw, edited }
     }
 
+    /// Logits as the model gave them, tokens beyond the tokenizer's included.
+    pub(super) fn raw(&self) -> &[f32] {
+        self.raw
+    }
+
     /// The largest logit as the model gave it, or NaN if any is not finite.
     pub(super) fn raw_max(&self) -> f32 {
         let finite = self.raw.iter().fold(true, |all, logit| all & logit.is_finite());
@@ -42,8 +47,22 @@ impl<'a> Shard<'a> {
         match query {
             Query::Score { token, .. } => self.target(token.index()),
             Query::Choose(choice) if choice.settings.is_greedy() || Filter::applies(choice.settings) => self.largest(),
-            Query::Choose(choice) => self.noisiest(choice),
+            Query::Choose(choice) => {
+                let scale = f64::from(choice.settings.temperature).recip();
+                self.noisiest(&Noise::of(choice), scale, |key| key > f64::NEG_INFINITY)
+            }
         }
+    }
+
+    /// Logits that may be chosen from, after bias, penalties and masks.
+    pub(super) fn logits(&self) -> &[f32] {
+        &self.edited
+    }
+
+    /// The same as candidates; keys are logits. What is forbidden is left out.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = Candidate> + '_ {
+        let all = self.edited.iter().enumerate().filter(|(_, logit)| **logit > f32::NEG_INFINITY);
+        all.map(|(slot, &logit)| self.candidate(slot, f64::from(logit)))
     }
 
     fn target(&self, token: usize) -> Candidate {
@@ -62,40 +81,17 @@ impl<'a> Shard<'a> {
         slot.map_or(Candidate::NONE, |slot| self.candidate(slot, f64::from(max)))
     }
 
-    /// Gumbel-max over all rows. The noise's bound spares nearly every row its logarithms.
-    fn noisiest(&self, choice: &Choice<'_>) -> Candidate {
-        let noise = Noise::new(choice.settings.seed, choice.settings.choice, choice.position);
-        let scale = f64::from(choice.settings.temperature).recip();
-        let largest = self.largest();
-        if largest == Candidate::NONE {
-            return largest;
-        }
-        let mut best = Candidate { key: largest.key * scale + noise.gumbel(largest.token), ..largest };
+    /// Gumbel-max over the rows whose logits are `admitted`. The noise's bound spares nearly every row its logarithms.
+    pub(super) fn noisiest(&self, noise: &Noise, scale: f64, admitted: impl Fn(f64) -> bool) -> Candidate {
+        let mut best = Candidate::NONE;
         for (slot, &logit) in self.edited.iter().enumerate() {
-            let (key, draw) = (f64::from(logit) * scale, noise.draw((self.first + slot) as u32));
-            if key + draw.gumbel_bound() < best.key {
-                continue;
-            }
-            let candidate = self.candidate(slot, key + draw.gumbel());
-            if candidate.order(&best).is_lt() {
-                best = candidate;
+            let (logit, draw) = (f64::from(logit), noise.draw((self.first + slot) as u32));
+            let key = logit * scale;
+            if key + draw.gumbel_bound() >= best.key && admitted(logit) {
+                best = best.better(self.candidate(slot, key + draw.gumbel()));
             }
         }
         best
-    }
-
-    /// The first `count` candidates of a filtered choice.
-    pub(super) fn offer(&self, filter: &Filter, count: usize) -> Offer {
-        let finite = || self.edited.iter().enumerate().filter(|(_, logit)| **logit > f32::NEG_INFINITY);
-        let candidates = first(finite().map(|(slot, &logit)| self.candidate(slot, f64::from(logit))), count);
-        let complete = candidates.len() < count || finite().count() == count;
-        Offer { mass: filter.mass(&self.edited), complete, candidates }
-    }
-
-    /// Sum of the weights of all rows as the model gave them, relative to the largest logit of the whole row.
-    pub(super) fn raw_mass(&self, raw_max: f32) -> u128 {
-        let below = self.raw.iter().map(|&logit| f64::from(logit) - f64::from(raw_max));
-        below.map(|below| u128::from(weight(below))).sum()
     }
 
     /// The `count` most probable tokens by the model's own logits. Tokens beyond the tokenizer's have no text to report.

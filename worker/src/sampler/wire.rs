@@ -9,6 +9,10 @@ impl Writer {
         self.0.extend(value.to_le_bytes());
     }
 
+    pub(super) fn u64(&mut self, value: u64) {
+        self.0.extend(value.to_le_bytes());
+    }
+
     pub(super) fn u128(&mut self, value: u128) {
         self.0.extend(value.to_le_bytes());
     }
@@ -34,6 +38,10 @@ impl Reader<'_> {
 
     pub(super) fn u32(&mut self) -> Option<u32> {
         self.take().map(u32::from_le_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
     }
 
     pub(super) fn u128(&mut self) -> Option<u128> {
