@@ -1,6 +1,11 @@
 //! What a worker is told when it starts.
 
-use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    str::FromStr,
+};
 
 use phalanx_proto::fault::{Fault, FaultKind};
 use tonic::transport::Uri;
@@ -70,6 +75,22 @@ pub struct Config {
 }
 
 impl Config {
+    /// One worker of `deployment` on this host: the CPU backend on every core, nine tenths of the available memory, a
+    /// collective that only this host reaches.
+    pub fn new(coordinator: &str, deployment: &str, model_dir: PathBuf) -> Self {
+        Self {
+            coordinator: coordinator.to_owned(),
+            deployment: deployment.to_owned(),
+            model_dir,
+            backend: BackendKind::Cpu,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            rank: None,
+            memory_bytes: None,
+            memory_utilization: 0.9,
+            bind_ip: Ipv4Addr::LOCALHOST.into(),
+        }
+    }
+
     /// Checks every setting.
     ///
     /// # Errors

@@ -27,3 +27,6 @@ pub mod model;
 pub mod sampler;
 pub mod sequences;
 mod vocabulary;
+
+pub use config::Config;
+pub use join::run;

@@ -3,12 +3,10 @@
 mod coordinator;
 mod script;
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-};
+use std::{net::SocketAddr, path::PathBuf};
 
 use phalanx_proto::{
+    fault::{Fault, FaultKind},
     plan::message_digest,
     v1::{self, worker_command::Command},
 };
@@ -26,15 +24,10 @@ use self::{
 
 fn config(coordinator: SocketAddr, rank: u32) -> Config {
     Config {
-        coordinator: coordinator.to_string(),
-        deployment: "nano".into(),
-        model_dir: model_dir(),
-        backend: BackendKind::Cpu,
         threads: 1,
         rank: Some(rank),
         memory_bytes: Some(1 << 30),
-        memory_utilization: 0.9,
-        bind_ip: Ipv4Addr::LOCALHOST.into(),
+        ..Config::new(&coordinator.to_string(), "nano", model_dir())
     }
 }
 
@@ -283,6 +276,18 @@ async fn a_worker_that_cannot_start_says_why_to_coordinator_and_caller() {
     let (fault, error) = refusal(|config| (config.threads, config.memory_utilization) = (0, 1.5)).await;
     assert_eq!((fault.kind.as_str(), &fault.message), ("invalid_argument", &error));
     assert!(error.contains("threads is 0") && error.contains("memory utilization is 1.5"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_that_lasts_ends_the_worker_and_another_does_not() {
+    let mut coordinator = Coordinator::listen().await;
+    coordinator.refuse(Fault::new(FaultKind::QueueFull, "as many spares as ranks are enough"));
+    coordinator.refuse(Fault::new(FaultKind::Checkpoint, "use equal files"));
+    let config = config(coordinator.address, 0);
+    let error = join::run(config.clone(), CancellationToken::new()).await.expect_err("the second refusal lasts");
+    assert_eq!(error.to_string(), "the coordinator refuses this worker: use equal files");
+    coordinator.refuse(Fault::new(FaultKind::QueueFull, "as many spares as ranks are enough"));
+    leave(vec![start(&mut coordinator, config).await]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

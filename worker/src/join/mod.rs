@@ -58,6 +58,7 @@ async fn work(config: &Config) -> Result<(), Fault> {
                     info!(reason, "told to leave");
                     return Ok(());
                 }
+                End::Refused(reason) => reason,
                 End::Lost(reason) => {
                     backoff = FIRST_BACKOFF;
                     reason

@@ -43,6 +43,8 @@ pub(super) enum End {
     Left(String),
     /// The coordinator is gone.
     Lost(String),
+    /// The coordinator has no use for this worker now, but may have later.
+    Refused(String),
 }
 
 /// An epoch between `Form` and its end.
@@ -87,7 +89,7 @@ impl<'a> Session<'a> {
         session.tell(News::Hello(session.worker.hello())).await;
         let mut orders = match client.attach(ReceiverStream::new(outgoing)).await {
             Ok(attached) => attached.into_inner(),
-            Err(status) => return Ok(End::Lost(status.to_string())),
+            Err(status) => return refused(&status),
         };
         let outcome = session.serve(&mut orders).await;
         if outcome.is_err() {
@@ -322,6 +324,17 @@ impl Drop for Session<'_> {
     /// Whatever ends an attachment ends its epoch.
     fn drop(&mut self) {
         self.end_epoch();
+    }
+}
+
+/// A refusal that another attempt would only meet again ends the worker.
+fn refused(status: &Status) -> Result<End, Fault> {
+    let fault = Fault::from(status);
+    match fault.kind {
+        FaultKind::Checkpoint | FaultKind::InvalidArgument | FaultKind::ModelNotFound | FaultKind::Unsupported => {
+            Err(Fault { message: format!("the coordinator refuses this worker: {}", fault.message), ..fault })
+        }
+        _ => Ok(End::Refused(fault.message)),
     }
 }
 

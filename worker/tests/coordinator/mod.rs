@@ -1,12 +1,20 @@
 //! A coordinator in the test's hands: real gRPC on loopback, every message sent and received by the test itself.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use phalanx_proto::v1::{
-    self,
-    cluster_server::{Cluster, ClusterServer},
-    worker_command::Command,
-    worker_event::Event,
+use phalanx_proto::{
+    fault::Fault,
+    v1::{
+        self,
+        cluster_server::{Cluster, ClusterServer},
+        worker_command::Command,
+        worker_event::Event,
+    },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -15,7 +23,11 @@ use tonic::{Request, Response, Status, Streaming};
 /// Nothing here takes longer than this, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Why the next workers are turned away, first to last.
+type Refusals = Arc<Mutex<VecDeque<Fault>>>;
+
 struct Doors {
+    refusals: Refusals,
     attached: mpsc::Sender<Attachment>,
     logs: mpsc::Sender<StepLog>,
 }
@@ -41,6 +53,10 @@ impl Cluster for Doors {
         &self,
         request: Request<Streaming<v1::WorkerEvent>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
+        let refusal = self.refusals.lock().unwrap().pop_front();
+        if let Some(fault) = refusal {
+            return Err(fault.into());
+        }
         let (commands, outgoing) = mpsc::channel(64);
         let attachment = Attachment { events: request.into_inner(), commands };
         self.attached.send(attachment).await.map_err(|_| Status::unavailable("the test is over"))?;
@@ -58,6 +74,7 @@ impl Cluster for Doors {
 /// A listening coordinator.
 pub(crate) struct Coordinator {
     pub(crate) address: SocketAddr,
+    refusals: Refusals,
     attached: mpsc::Receiver<Attachment>,
     logs: mpsc::Receiver<StepLog>,
     server: JoinHandle<()>,
@@ -73,11 +90,18 @@ impl Coordinator {
         let address = listener.local_addr().unwrap();
         let (attached_sender, attached) = mpsc::channel(8);
         let (log_sender, logs) = mpsc::channel(8);
-        let doors = ClusterServer::new(Doors { attached: attached_sender, logs: log_sender });
+        let refusals = Refusals::default();
+        let doors =
+            ClusterServer::new(Doors { refusals: Arc::clone(&refusals), attached: attached_sender, logs: log_sender });
         let serve = tonic::transport::Server::builder()
             .add_service(doors)
             .serve_with_incoming(TcpListenerStream::new(listener));
-        Self { address, attached, logs, server: tokio::spawn(async move { serve.await.unwrap() }) }
+        Self { address, refusals, attached, logs, server: tokio::spawn(async move { serve.await.unwrap() }) }
+    }
+
+    /// Turns away one more of the next workers.
+    pub(crate) fn refuse(&self, fault: Fault) {
+        self.refusals.lock().unwrap().push_back(fault);
     }
 
     /// The next worker that attaches, and its greeting.
