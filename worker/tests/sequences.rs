@@ -1,5 +1,7 @@
 //! The table of live sequences: what a plan turns into, and which plans are refused.
 
+use std::sync::{Arc, Mutex};
+
 use phalanx_proto::{
     fault::{Fault, FaultKind},
     ids::{BlockId, Epoch, Rank, SequenceId, Step, TokenId},
@@ -10,6 +12,10 @@ use phalanx_proto::{
 use phalanx_worker::{
     sampler::Query,
     sequences::{Bounds, LogitRow, Purpose, Sequences, Work},
+};
+use tracing::{
+    Event, Metadata, Subscriber,
+    span::{Attributes, Id, Record},
 };
 
 fn table() -> Sequences {
@@ -125,6 +131,51 @@ fn stop_tokens_are_forbidden_until_min_tokens_and_the_position_goes_on() {
         table.push(SequenceId(1), TokenId(40));
         work = table.apply(&plan(step as u64 + 2, Vec::new(), vec![slice(1, position, 1, true)])).unwrap();
     }
+}
+
+/// Writes down which spans open, with their fields, and which close.
+#[derive(Clone, Default)]
+struct Spans(Arc<Mutex<Vec<String>>>);
+
+impl Subscriber for Spans {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, span: &Attributes<'_>) -> Id {
+        let mut log = self.0.lock().unwrap();
+        let fields = span.values().to_string().trim().to_owned();
+        log.push(format!("open {} root={} {fields}", span.metadata().name(), span.is_root()));
+        Id::from_u64(log.len() as u64)
+    }
+
+    fn try_close(&self, id: Id) -> bool {
+        self.0.lock().unwrap().push(format!("close {}", id.into_u64()));
+        true
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn event(&self, _: &Event<'_>) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+#[test]
+fn a_traced_sequence_is_a_span_from_admission_to_retirement_that_tells_no_token() {
+    let spans = Spans::default();
+    tracing::subscriber::with_default(spans.clone(), || {
+        let mut table = table();
+        let admit = |id| admission(id, &[777, 888], 2, &v1::Sampling::default());
+        let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned();
+        let admit = vec![Admission { traceparent, ..admit(1) }, admit(2)];
+        table.apply(&plan(1, admit, vec![slice(1, 0, 2, true)])).unwrap();
+        table.push(SequenceId(1), TokenId(999));
+        let opened = "open worker.sequence root=true {rank: 0, epoch: 1, sequence: 1, prompt_tokens: 2}";
+        assert_eq!(*spans.0.lock().unwrap(), [opened], "one request is traced");
+        table.apply(&Plan { retire: vec![SequenceId(1)], ..plan(2, Vec::new(), Vec::new()) }).unwrap();
+        assert_eq!(*spans.0.lock().unwrap(), [opened, "close 1"]);
+    });
 }
 
 #[test]
