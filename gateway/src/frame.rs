@@ -28,13 +28,14 @@ pub(crate) struct Identity {
     pub(crate) id: String,
     /// The client's trace, or nothing.
     pub(crate) traceparent: String,
+    pub(crate) arrived: Instant,
 }
 
 /// Runs a request and frames its response.
 pub(crate) async fn frame(State(app): State<Arc<App>>, mut request: Request<Body>, next: Next) -> Response {
     let began = Instant::now();
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let identity = identify(&request);
+    let identity = identify(&request, began);
     let id = identity.id.clone();
     request.extensions_mut().insert(identity);
     let mut response = match AssertUnwindSafe(next.run(request)).catch_unwind().await {
@@ -55,10 +56,10 @@ pub(crate) async fn frame(State(app): State<Arc<App>>, mut request: Request<Body
     response
 }
 
-fn identify(request: &Request<Body>) -> Identity {
+fn identify(request: &Request<Body>, arrived: Instant) -> Identity {
     let text = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let given = text(REQUEST_ID.as_str());
     let is_usable = !given.is_empty() && given.len() <= MAX_REQUEST_ID && given.bytes().all(|b| b.is_ascii_graphic());
     let id = if is_usable { given.to_owned() } else { format!("req_{}", Uuid::new_v4().simple()) };
-    Identity { id, traceparent: text(TRACEPARENT).to_owned() }
+    Identity { id, traceparent: text(TRACEPARENT).to_owned(), arrived }
 }

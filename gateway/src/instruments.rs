@@ -92,6 +92,9 @@ struct FleetGauges {
     prefix_queries: Counters,
     prefix_hits: Counters,
     preemptions: Counters,
+    steps: Counters,
+    failed_epochs: Counters,
+    integrity_failures: Counters,
     cache_config: Gauges<(Labels, CacheConfig)>,
     state: Gauges<(Labels, State)>,
 }
@@ -144,6 +147,9 @@ impl Instruments {
         names.ours("cached_prompt_tokens", "Prompt tokens taken from the prefix cache", &self.cached_tokens);
         names.ours("reasoning_tokens", "Tokens spent on reasoning", &self.reasoning_tokens);
         names.ours("cancelled_requests", "Requests whose client left", &self.cancelled);
+        names.ours("engine_steps", "Steps that the group has made", &f.steps);
+        names.ours("failed_epochs", "Epochs that a lost, hung or differing rank ended", &f.failed_epochs);
+        names.ours("integrity_failures", "Checks of the idle engine that found a leak", &f.integrity_failures);
         names.ours("group_state", "1 for the state that the group is in", &f.state);
         names.both("request_success", "Choices that ended, by reason", &self.successes);
         names.both("prompt_tokens", "Prompt tokens", &self.prompt_tokens);
@@ -224,6 +230,9 @@ impl FleetGauges {
             (&self.prefix_queries, totals.prefix_cache_queries),
             (&self.prefix_hits, totals.prefix_cache_hits),
             (&self.preemptions, totals.preemptions),
+            (&self.steps, totals.steps),
+            (&self.failed_epochs, totals.failed_epochs),
+            (&self.integrity_failures, totals.integrity_failures),
         ];
         for (counter, total) in counters {
             // The coordinator counts; here its total is only passed on.

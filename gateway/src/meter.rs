@@ -42,8 +42,8 @@ impl Meter {
         labels: Labels,
         choices: usize,
         span: Span,
+        arrived: Instant,
     ) -> Self {
-        let arrived = Instant::now();
         stats.began(arrived, &labels.profile);
         Self {
             inter_token: instruments.inter_token.get_or_create_owned(&labels),

@@ -48,7 +48,7 @@ impl Stats {
     /// # Errors
     /// Never with the precision used here.
     pub(crate) fn new(now: Instant) -> Result<Self, CreationError> {
-        let empty = Histogram::new(2)?;
+        let empty = Histogram::new_with_max(MAX_LATENCY_US, 2)?;
         let state = State {
             began: now,
             requests: 0,
@@ -164,7 +164,7 @@ impl State {
     fn percentiles(&self, of: fn(&Slot) -> &Histogram<u64>) -> Value {
         let mut all = self.empty.clone();
         for slot in &self.slots {
-            // Equal precision, and both resize themselves: adding cannot fail.
+            // All have the same bounds and precision: adding cannot fail.
             let _ = all.add(of(slot));
         }
         let at = |quantile| (!all.is_empty()).then(|| round(all.value_at_quantile(quantile) as f64 / 1000.0));

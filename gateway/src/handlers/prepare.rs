@@ -154,7 +154,7 @@ impl Prepared {
         }
         let profile = self.profile.as_deref().unwrap_or(NO_PROFILE);
         let labels = labels(&self.served.load, app.served_as(), profile);
-        Meter::new(Arc::clone(&app.instruments), Arc::clone(&app.stats), labels, choices, span)
+        Meter::new(Arc::clone(&app.instruments), Arc::clone(&app.stats), labels, choices, span, identity.arrived)
     }
 
     /// The headers that say what applied and what did not.

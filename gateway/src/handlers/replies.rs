@@ -91,6 +91,10 @@ impl<A: Assembler> Replies<A> {
     /// The next step of any choice; `None` when all are finished. Safe to drop between polls.
     pub(crate) async fn next(&mut self) -> Option<Result<Step<A::Piece>, ApiError>> {
         let error = match self.events.next().await {
+            // A client that reads on would take an aborted answer for a whole one.
+            Some((_, Ok(Event::Finished(end)))) if end.reason() == v1::FinishReason::Aborted => {
+                return Some(Err(ApiError::aborted()));
+            }
             Some((index, Ok(event))) => return Some(Ok(self.take(index, event))),
             Some((_, Err(fault))) => fault,
             None if self.slots.iter().all(|slot| slot.done) => return None,

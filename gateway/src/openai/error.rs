@@ -112,6 +112,12 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Server, "internal_error", text)
     }
 
+    /// Somebody ended the request at the coordinator.
+    pub(crate) fn aborted() -> Self {
+        let text = "The request was aborted before its answer was complete.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Server, "aborted", text)
+    }
+
     /// The whole request took longer than it may.
     pub(crate) fn deadline(seconds: u64) -> Self {
         let text = format!("The request was not finished after {seconds} s.");

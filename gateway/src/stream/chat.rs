@@ -141,7 +141,7 @@ impl ChatAssembler {
 
     fn take_text(&mut self, text: String, out: &mut Vec<ChatPiece>) {
         match self.kind {
-            Some(Kind::Reasoning) if self.settings.include_reasoning => out.push(ChatPiece::Reasoning(text)),
+            Some(Kind::Reasoning) if self.settings.include_reasoning => emit(ChatPiece::Reasoning(text), out),
             Some(Kind::Reasoning) | None => {}
             Some(Kind::Preamble) => self.give_content(text, out),
             Some(Kind::Answer) => {
@@ -153,7 +153,7 @@ impl ChatAssembler {
                     push_content(String::new(), logprobs, out);
                 }
             }
-            Some(Kind::Call) => out.push(ChatPiece::Arguments { index: self.calls.saturating_sub(1), text }),
+            Some(Kind::Call) => emit(ChatPiece::Arguments { index: self.calls.saturating_sub(1), text }, out),
         }
     }
 
@@ -193,7 +193,24 @@ impl ChatAssembler {
 
 fn push_content(text: String, logprobs: Vec<TokenLogprob>, out: &mut Vec<ChatPiece>) {
     if !text.is_empty() || !logprobs.is_empty() {
-        out.push(ChatPiece::Content { text, logprobs });
+        emit(ChatPiece::Content { text, logprobs }, out);
+    }
+}
+
+/// Appends a piece, or lengthens the last one if it is of the same kind.
+fn emit(piece: ChatPiece, out: &mut Vec<ChatPiece>) {
+    match (piece, out.last_mut()) {
+        (ChatPiece::Reasoning(more), Some(ChatPiece::Reasoning(text))) => text.push_str(&more),
+        (ChatPiece::Content { text: more, logprobs: added }, Some(ChatPiece::Content { text, logprobs })) => {
+            text.push_str(&more);
+            logprobs.extend(added);
+        }
+        (ChatPiece::Arguments { index, text: more }, Some(ChatPiece::Arguments { index: last, text }))
+            if index == *last =>
+        {
+            text.push_str(&more);
+        }
+        (piece, _) => out.push(piece),
     }
 }
 
@@ -221,13 +238,15 @@ impl Assembler for ChatAssembler {
     fn finish(&mut self, out: &mut Vec<ChatPiece>) {
         out.append(&mut self.opening);
         // What a stop string or the one wanted call left behind is cut; what a stop token left behind is not.
-        if !self.stop.has_matched() && !(self.stopped && self.kind.is_none()) {
-            self.stopped = false;
-            let events = self.parser.finish();
-            self.take_events(events, out);
-            push_content(String::new(), self.pending.flush(), out);
-            self.stopped = true;
+        let is_cut = self.stop.has_matched() || (self.stopped && self.kind.is_none());
+        if is_cut {
+            return;
         }
+        self.stopped = false;
+        let events = self.parser.finish();
+        self.take_events(events, out);
+        push_content(String::new(), self.pending.flush(), out);
+        self.stopped = true;
     }
 
     fn has_stopped(&self) -> bool {

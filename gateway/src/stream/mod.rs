@@ -13,6 +13,8 @@ mod logprobs;
 mod stop;
 mod text;
 
+#[cfg(test)]
+mod tests;
 
 use phalanx_proto::v1;
 

@@ -103,7 +103,15 @@ impl TextAssembler {
             all
         };
         let logprobs = self.settings.logprobs.then(|| entries.into_iter().fold(TextLogprobs::default(), merge));
-        out.push(TextPiece { text, logprobs });
+        match out.last_mut() {
+            Some(last) if last.logprobs.is_some() == logprobs.is_some() => {
+                last.text.push_str(&text);
+                if let (Some(all), Some(more)) = (&mut last.logprobs, logprobs) {
+                    all.extend(more);
+                }
+            }
+            _ => out.push(TextPiece { text, logprobs }),
+        }
     }
 
     fn give(&mut self, text: String, out: &mut Vec<TextPiece>) {
