@@ -1,9 +1,15 @@
 //! Ranks as threads of the test, and what they sum.
 
-use phalanx_worker::collective::Collective;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
 use phalanx_worker::collective::host::{HostCollective, Link, Preparation, host_identity};
+use phalanx_worker::collective::{AbortHandle, Collective};
 
 use crate::{LOOPBACK, PATIENCE};
+
+/// Far more than any work of these tests takes.
+const STUCK: Duration = Duration::from_secs(60);
 
 /// Opens the doors of `world_size` ranks that will meet by `link`.
 pub(crate) fn prepare(link: Link, epoch: u64, world_size: usize) -> (Vec<Preparation>, Vec<Vec<u8>>) {
@@ -42,15 +48,25 @@ pub(crate) fn form(link: Link, epoch: u64, world_size: usize) -> Vec<HostCollect
     group
 }
 
-/// Does the same on all ranks at once. Results by rank.
+/// Does the same on all ranks at once. Results by rank. Ranks that wait for each other for ever are aborted, so that the
+/// test fails instead of hanging.
 pub(crate) fn together<T: Send>(
     group: &mut [HostCollective],
     work: impl Fn(&mut HostCollective) -> T + Sync,
 ) -> Vec<T> {
     let work = &work;
+    let handles: Vec<_> = group.iter().map(Collective::abort_handle).collect();
+    let (done, is_done) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if is_done.recv_timeout(STUCK) == Err(RecvTimeoutError::Timeout) {
+                handles.iter().for_each(AbortHandle::abort);
+            }
+        });
         let working: Vec<_> = group.iter_mut().map(|collective| scope.spawn(move || work(collective))).collect();
-        working.into_iter().map(|rank| rank.join().unwrap()).collect()
+        let results: Vec<_> = working.into_iter().map(|rank| rank.join()).collect();
+        drop(done);
+        results.into_iter().map(Result::unwrap).collect()
     })
 }
 

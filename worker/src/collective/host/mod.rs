@@ -87,6 +87,7 @@ impl Preparation {
     }
 
     /// The handle that ends a [`form`](Self::form) in progress; it stays good for the collective that comes of it.
+    /// A handle that is kept keeps the shared memory mapped.
     pub fn abort_handle(&self) -> AbortHandle {
         self.stop.handle()
     }

@@ -173,12 +173,15 @@ impl Mesh {
         let links = Arc::clone(&self.links);
         loop {
             let (mut busy, mut idle) = (false, true);
+            // To all before from any: a rank that stops at a peer's mismatch has told every peer what it called itself.
             for (peer, stream) in peers(&links.streams) {
-                let sent = self.outgoing[peer].send(stream).map_err(|error| self.broken(peer, error))?;
-                let received = self.incoming[peer].receive(stream).map_err(|error| self.broken(peer, error))?;
+                idle &= !self.outgoing[peer].send(stream).map_err(|error| self.broken(peer, error))?;
+                busy |= !self.outgoing[peer].is_done();
+            }
+            for (peer, stream) in peers(&links.streams) {
+                idle &= !self.incoming[peer].receive(stream).map_err(|error| self.broken(peer, error))?;
                 self.incoming[peer].check(call, peer)?;
-                busy |= !self.outgoing[peer].is_done() || !self.incoming[peer].is_done();
-                idle &= !sent && !received;
+                busy |= !self.incoming[peer].is_done();
             }
             if links.aborted.load(Ordering::SeqCst) {
                 return Err(CollectiveError::Aborted { epoch: self.epoch });
