@@ -1,5 +1,7 @@
 //! Workers against a coordinator that the test plays: the life of a group over real gRPC.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod coordinator;
 mod script;
 

@@ -97,9 +97,10 @@ pub(super) fn ln(x: f64) -> f64 {
 pub(super) fn exp(x: f64) -> f64 {
     // Adding 1.5 * 2^52 rounds to the nearest whole number, which then stands in the lowest bits.
     const ROUND: f64 = 6_755_399_441_055_744.0;
-    // ln 2 in two parts (fdlibm's e_exp.c), so that k ln 2 has no rounding error that matters.
-    const LN_2_HIGH: f64 = 6.931_471_803_691_238_2e-1;
-    const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    // ln 2 in two parts, 0.6931471803691238 and 1.9082149292705877e-10 (fdlibm's e_exp.c), so that k ln 2 has no rounding
+    // error that matters.
+    const LN_2_HIGH: f64 = f64::from_bits(0x3fe6_2e42_fee0_0000);
+    const LN_2_LOW: f64 = f64::from_bits(0x3dea_39ef_3579_3c76);
     // 1 / k! for k = 13 … 2; |r| ≤ ln 2 / 2 leaves a remainder below 2^-57.
     const TERMS: [f64; 12] = [
         1.0 / 6_227_020_800.0,
