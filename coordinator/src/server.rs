@@ -106,11 +106,14 @@ async fn supervise(tasks: Vec<JoinHandle<()>>, stop: &CancellationToken) -> anyh
 async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let watcher = tokio::spawn(report_health(Arc::clone(&groups), reporter));
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(HEALTH_DESCRIPTOR_SET)
-        .build_v1()
-        .context("building the reflection service")?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(HEALTH_DESCRIPTOR_SET)
+    };
+    let reflection_v1 = reflection().build_v1().context("building the reflection service")?;
+    // Python's and older clients speak only this version.
+    let reflection_v1alpha = reflection().build_v1alpha().context("building the reflection service")?;
     let inference = InferenceServer::new(InferenceService { groups: Arc::clone(&groups) });
     let cluster = ClusterServer::new(ClusterService { groups });
     // A token goes out alone; waiting to fill a packet would cost more than a step.
@@ -120,7 +123,8 @@ async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) ->
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(Some(MAX_STREAMS))
         .add_service(health)
-        .add_service(reflection)
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha)
         .add_service(inference.max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(cluster.max_decoding_message_size(MAX_RESULT_BYTES))
         .serve_with_incoming_shutdown(incoming, end.cancelled_owned())
