@@ -91,6 +91,19 @@ fn describe(body: &mut Value, load: &DeploymentLoad, name: &str) {
     body["waiting"] = json!(load.waiting);
     body["max_waiting"] = json!(load.max_waiting);
     body["kv_cache"] = json!({ "used_blocks": load.kv_blocks_used, "blocks": load.kv_blocks, "usage": share });
+    let totals = load.totals.unwrap_or_default();
+    body["totals"] = json!({
+        "steps": totals.steps,
+        "step_us": totals.step_us,
+        "execute_us": totals.execute_us,
+        "collective_us": totals.collective_us,
+        "sample_us": totals.sample_us,
+        "prompt_tokens": totals.prompt_tokens,
+        "generation_tokens": totals.generation_tokens,
+        "prefix_cache_queries": totals.prefix_cache_queries,
+        "prefix_cache_hits": totals.prefix_cache_hits,
+        "preemptions": totals.preemptions,
+    });
     let ranks = load.ranks.iter().map(|rank| {
         json!({
             "rank": rank.rank,

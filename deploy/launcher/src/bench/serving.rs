@@ -182,7 +182,7 @@ impl Target {
 
     async fn step_times(&self) -> Option<StepTimes> {
         let stats: Value = self.http.get(format!("{}/stats", self.args.url)).send().await.ok()?.json().await.ok()?;
-        let totals = stats["models"][0]["totals"].as_object()?;
+        let totals = stats["totals"].as_object()?;
         Some(StepTimes { step_us: totals.get("step_us")?.as_f64()?, execute_us: totals.get("execute_us")?.as_f64()? })
     }
 
