@@ -215,14 +215,14 @@ impl Geometry {
             }
         }
         for (field, found) in [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)] {
-            if found % MXFP4_BLOCK != 0 {
+            if !found.is_multiple_of(MXFP4_BLOCK) {
                 return Err(unsupported(field, found, format!("a multiple of {MXFP4_BLOCK}, the MXFP4 block")));
             }
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(unsupported("head_dim", self.head_dim, "an even number (rotary embeddings turn pairs)"));
         }
-        if self.num_attention_heads % self.num_key_value_heads != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             let expected = format!("a divisor of num_attention_heads ({})", self.num_attention_heads);
             return Err(unsupported("num_key_value_heads", self.num_key_value_heads, expected));
         }

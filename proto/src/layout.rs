@@ -3,6 +3,8 @@
 //! Rank, world size, parallelism and geometry determine every range, so that the planner (which adds up bytes), the
 //! coordinator (which assigns) and the worker (which reads) cannot disagree: all three ask this module.
 
+#![allow(clippy::single_range_in_vec_init, reason = "a tensor of one axis has one range")]
+
 use std::{fmt, ops::Range, str::FromStr};
 
 use thiserror::Error;
@@ -220,10 +222,10 @@ fn misfit(geometry: &Geometry, world: usize, parallelism: Parallelism) -> Option
     if world == 0 || world > MAX_WORLD_SIZE {
         return Some(format!("a group has 1 to {MAX_WORLD_SIZE} ranks"));
     }
-    if q % world != 0 {
+    if !q.is_multiple_of(world) {
         return Some(format!("{q} query heads do not divide by {world}"));
     }
-    if kv % world != 0 && world % kv != 0 {
+    if !kv.is_multiple_of(world) && !world.is_multiple_of(kv) {
         return Some(format!("{kv} key-value heads neither divide by {world} nor divide it"));
     }
     if geometry.vocab_size < world {
