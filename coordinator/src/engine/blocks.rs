@@ -200,3 +200,23 @@ impl Pool {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::prefix::PrefixKeys;
+
+    #[test]
+    fn equal_hashes_of_different_prefixes_share_nothing() {
+        let tokens: Arc<[TokenId]> = [1, 2, 3, 4].map(TokenId).into();
+        let mut keys = PrefixKeys::new("");
+        keys.extend(&tokens, 2);
+        let (key, parent) = (keys.get(1).unwrap(), keys.parent(1));
+        let mut pool = Pool::new(1);
+        let block = pool.take().unwrap();
+        pool.remember(block, Content { key, parent, tokens: tokens[2..].into() });
+        assert_eq!(pool.find(key, parent, &tokens[2..]), Some(block));
+        assert_eq!(pool.find(key, parent, &tokens[..2]), None, "other tokens under the same key");
+        assert_eq!(pool.find(key, keys.parent(0), &tokens[2..]), None, "another prefix under the same key");
+    }
+}

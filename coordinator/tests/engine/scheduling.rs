@@ -137,6 +137,27 @@ fn a_low_priority_is_served_under_endless_high_ones() {
 }
 
 #[test]
+fn a_low_priority_that_was_preempted_often_goes_first() {
+    // Its prompt takes seven plans, and the others grow before it is through.
+    let config = EngineConfig { max_num_seqs: 4, max_num_batched_tokens: 8, ..small_config() };
+    let mut cluster = Cluster::new(EngineConfig { enable_prefix_caching: false, ..config }, 18, 60);
+    let mut low = request(&[3; 56], 6);
+    low.priority = -1;
+    let low = cluster.submit(low).unwrap();
+    for seed in 0..600 {
+        while cluster.engine.stats().waiting < 3 {
+            cluster.submit(request(&[seed; 6], 10)).unwrap();
+        }
+        cluster.turn();
+    }
+    assert!(cluster.engine.stats().totals.preemptions >= 4);
+    let finished = cluster.heard[&low].finished_at.expect("the low priority was preempted for ever");
+    assert!(finished < 400, "it took {finished} steps");
+    cluster.drain();
+    cluster.check_outputs();
+}
+
+#[test]
 fn the_hindmost_makes_room_and_gets_the_same_tokens_later() {
     let mut cluster = Cluster::new(small_config(), 14, 60);
     let mut ids = Vec::new();
