@@ -1,6 +1,6 @@
 //! Bodies and chunks of answers.
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 /// Why a choice ended; the closed set of OpenAI's clients.
@@ -165,14 +165,24 @@ pub(crate) struct ChatChoice {
     pub(crate) token_ids: Option<Vec<u32>>,
 }
 
+/// Texts of tokens with their log-probabilities, an object on the wire. `Value` would turn each f32 into the f64 beside
+/// it, and the sampled token would then have two slightly different figures.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct TopLogprobs(pub(crate) Vec<(String, f32)>);
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
+}
+
 /// The `logprobs` of a text choice: four lists of equal length.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct TextLogprobs {
     pub(crate) tokens: Vec<String>,
     /// The first prompt token has none.
     pub(crate) token_logprobs: Vec<Option<f32>>,
-    /// Text of a token to its log-probability.
-    pub(crate) top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
+    pub(crate) top_logprobs: Vec<Option<TopLogprobs>>,
     /// Characters from the beginning of the text.
     pub(crate) text_offset: Vec<usize>,
 }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use phalanx_proto::v1;
-use serde_json::{Map, Value};
 
 use super::{
     Assembler,
@@ -11,7 +10,7 @@ use super::{
     stop::StopStrings,
 };
 use crate::{
-    openai::reply::{FinishReason, TextLogprobs},
+    openai::reply::{FinishReason, TextLogprobs, TopLogprobs},
     tokenizer::{Tokenizer, Utf8Stream},
 };
 
@@ -74,9 +73,15 @@ impl TextAssembler {
         let text_of = |id| token_text(self.tokenizer.token_bytes(id).unwrap_or_default());
         let text = text_of(token.id);
         let top = token.logprob.map(|logprob| {
-            let mut top: Map<_, _> = token.top.iter().map(|top| (text_of(top.id), Value::from(top.logprob))).collect();
-            top.entry(text.clone()).or_insert_with(|| Value::from(logprob));
-            top
+            // The sampled token is always among them. An object has each text once; the likelier token keeps it.
+            let mut top: Vec<(String, f32)> = Vec::with_capacity(token.top.len() + 1);
+            let all = token.top.iter().map(|top| (text_of(top.id), top.logprob)).chain([(text.clone(), logprob)]);
+            for (text, logprob) in all {
+                if !top.iter().any(|(earlier, _)| *earlier == text) {
+                    top.push((text, logprob));
+                }
+            }
+            TopLogprobs(top)
         });
         let entry = TextLogprobs {
             tokens: vec![text],

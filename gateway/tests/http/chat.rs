@@ -134,7 +134,7 @@ async fn logprobs_cover_the_content_tokens_and_nothing_else() {
     let completion = &line("Spell tree.").completion_ids;
     let first = completion.len() - 1 - entries.len();
     for (entry, place) in entries.iter().zip(first..) {
-        assert_eq!(entry["logprob"], -(place as f64 + 1.0) / 8.0);
+        assert_eq!(entry["logprob"].as_f64().unwrap() as f32, -(place as f32 + 1.0) / 10.0);
         assert_eq!(entry["bytes"], json!(entry["token"].as_str().unwrap().as_bytes()));
         assert_eq!(entry["top_logprobs"].as_array().unwrap().len(), 2);
         assert_eq!(entry["top_logprobs"][0]["token"], entry["token"]);

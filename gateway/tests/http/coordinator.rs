@@ -187,9 +187,9 @@ impl Player {
         }
     }
 
-    /// A token whose log-probability tells its place: -1/8, -2/8, …
+    /// A token whose log-probability tells its place: -0.1, -0.2, …, which neither f32 nor f64 has exactly.
     fn token(&self, id: u32, place: usize) -> Token {
-        let logprob = -(place as f32 + 1.0) / 8.0;
+        let logprob = -(place as f32 + 1.0) / 10.0;
         let wanted = self.request.sampling.as_ref().unwrap().logprobs;
         let top = (0..wanted.unwrap_or(0)).map(|rank| TopLogprob { id: id + rank, logprob: logprob - rank as f32 });
         Token { id, logprob: wanted.map(|_| logprob), top: top.collect() }
