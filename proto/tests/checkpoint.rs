@@ -1,5 +1,7 @@
 //! Damaged checkpoints are refused, and the message names the file and the tensor.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail by panicking")]
+
 use std::{
     fs,
     path::{Path, PathBuf},

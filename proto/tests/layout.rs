@@ -1,5 +1,7 @@
 //! The ranks' slices, together, are the checkpoint: every element once, replicas where they are stated, nothing else.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail by panicking")]
+
 use std::{collections::BTreeSet, path::Path};
 
 use phalanx_proto::{

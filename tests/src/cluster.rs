@@ -42,14 +42,14 @@ impl Cluster {
     pub fn start(args: &[&str]) -> Self {
         let mut command = Command::new(binary());
         command.arg("serve").args(args).args(["--port", "0"]);
-        Self::launch(command)
+        Self::launch(command, START_TIMEOUT)
     }
 
     /// Starts a prepared `phalanx serve` command and waits for its ready line.
     ///
     /// # Panics
-    /// When it ends or says nothing within a minute.
-    pub fn launch(mut command: Command) -> Self {
+    /// When it ends or says nothing in time.
+    pub fn launch(mut command: Command, timeout: Duration) -> Self {
         let mut process = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap_or_else(|error| {
             panic!("{command:?} cannot be started: {error}");
         });
@@ -64,7 +64,7 @@ impl Cluster {
             }
         });
         let mut banner = String::new();
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + timeout;
         while !banner.contains("\ntry: ") {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => banner.push_str(&(line + "\n")),

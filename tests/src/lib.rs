@@ -1,5 +1,7 @@
 //! What whole-cluster tests share: where the data lies, and a real cluster of real processes.
 
+#![allow(clippy::panic, reason = "a panic is how a test fails")]
+
 pub mod cluster;
 
 use std::path::{Path, PathBuf};

@@ -48,8 +48,7 @@ fn under(heading: &str) -> Vec<String> {
 fn run(text: &str, cluster: &Cluster) -> String {
     let text = text
         .replace("http://127.0.0.1:8000", &cluster.url)
-        .replace("target/release/phalanx bench", &format!("PHALANX target/release/phalanx bench --url {}", cluster.url))
-        .replace("PHALANX target/release/phalanx", &binary().display().to_string())
+        .replace("phalanx bench --concurrency", &format!("phalanx bench --url {} --concurrency", cluster.url))
         .replace("target/release/phalanx", &binary().display().to_string());
     let mut shell = Command::new("sh");
     shell.args(["-ec", &text]).current_dir(root()).env("PHALANX_URL", &cluster.url);
@@ -77,7 +76,7 @@ fn the_first_command_starts_a_cluster() {
     let mut words = block.split_whitespace();
     let mut command = Command::new(words.next().unwrap());
     command.args(words).args(["--port", "0"]).current_dir(root());
-    let mut cluster = Cluster::launch(command);
+    let mut cluster = Cluster::launch(command, Duration::from_secs(600));
     assert!(cluster.banner.contains("ready: nano on 2 cpu rank(s)"), "{}", cluster.banner);
     assert_eq!(cluster.stop(), Some(0));
 }

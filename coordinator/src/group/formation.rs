@@ -58,7 +58,8 @@ impl Group {
             return Err(Fault::new(FaultKind::Unsupported, text));
         }
         let digest = self.deployment.checkpoint.digest;
-        if hello.checkpoint_digest != digest {
+        // 0: the worker could not open its checkpoint; the fault that says why follows.
+        if hello.checkpoint_digest != digest && hello.checkpoint_digest != 0 {
             let (found, path) = (hello.checkpoint_digest, self.deployment.checkpoint.path.display());
             let text =
                 format!("worker's checkpoint has digest {found:016x}, {path} has {digest:016x}; use equal files");

@@ -160,6 +160,7 @@ pub struct AttentionSite<'a, V> {
 ///
 /// Every function that answers with a `Result` fails when memory is short or the device does.
 #[allow(clippy::missing_errors_doc, reason = "stated once for the whole trait")]
+#[allow(clippy::wrong_self_convention, reason = "tensors are made by their backend, so `from_host` needs it")]
 pub trait Backend: Send + Sized {
     /// Activations, `[tokens, width]`.
     type Tensor: Send;
