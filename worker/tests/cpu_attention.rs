@@ -1,4 +1,5 @@
 //! The CPU backend's attention against f64, and its independence of how a prompt is fed.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking, as tests do")]
 
 mod cpu_common;
 

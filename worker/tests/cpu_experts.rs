@@ -1,4 +1,5 @@
 //! The CPU backend's experts against f64, and their invariance.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking, as tests do")]
 
 mod cpu_common;
 

@@ -1,4 +1,5 @@
 //! Dense products and norms of the CPU backend against f64, and their invariance.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking, as tests do")]
 
 mod cpu_common;
 

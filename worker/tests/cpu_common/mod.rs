@@ -50,7 +50,12 @@ impl Noise {
     }
 
     /// Experts with ordinary scales and, every seventh block, vanishing or large ones.
-    pub(crate) fn experts(&mut self, experts: std::ops::Range<usize>, hidden: usize, intermediate: usize) -> ExpertsData {
+    pub(crate) fn experts(
+        &mut self,
+        experts: std::ops::Range<usize>,
+        hidden: usize,
+        intermediate: usize,
+    ) -> ExpertsData {
         let count = experts.len();
         let mut scales = |len: usize| -> Vec<u8> {
             (0..len)
@@ -88,7 +93,7 @@ const FP4: [f64; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 pub(crate) fn fp4_entry(blocks: &[u8], scales: &[u8], columns: usize, (row, column): (usize, usize)) -> f64 {
     let at = row * columns + column;
     let byte = blocks[at / 2];
-    let nibble = if at % 2 == 0 { byte & 15 } else { byte >> 4 };
+    let nibble = if at.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
     let value = FP4[usize::from(nibble & 7)] * if nibble < 8 { 1.0 } else { -1.0 };
     value * 2f64.powi(i32::from(scales[at / 32]) - 127)
 }

@@ -78,7 +78,7 @@ impl Attention<'_> {
             tasks.extend(all.clone().step_by(rows).map(|first| (sequence, first..(first + rows).min(all.end))));
         }
         let groups = tasks.len() * self.sinks.len() / group;
-        let enough = |heads: &usize| group % heads == 0 && groups * (group / heads) >= 2 * threads;
+        let enough = |heads: &usize| group.is_multiple_of(*heads) && groups * (group / heads) >= 2 * threads;
         let task_heads = if threads == 1 { group } else { (1..=group).rev().find(enough).unwrap_or(1) };
         (tasks, task_heads)
     }

@@ -69,7 +69,7 @@ impl Kernel for Fold<'_> {
         }
         let fold = s.xor_bits(s.xor_bits(folds[0], folds[1]), s.xor_bits(folds[2], folds[3]));
         let mut words = [0.0; LANES];
-        s.store(s.from_bits(fold), &mut words);
+        s.store(s.bits_to_float(fold), &mut words);
         words.iter().fold(0, |fold, word| fold ^ word.to_bits())
     }
 }

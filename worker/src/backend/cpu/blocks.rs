@@ -1,21 +1,28 @@
 //! How kernels read each kind of weight: always two columns of both groups at a time, exactly, as f32.
 
 use super::{
-    panels::{Bf16Block, CodeBlock, F32Block, GROUPS, ScaleBlock},
-    simd::Simd,
+    panels::{BLOCK, Bf16Block, CodeBlock, F32Block, GROUPS, ScaleBlock},
+    simd::{LANES, Simd},
 };
 
-/// Two neighbouring columns: `[group]` of the even one, `[group]` of the odd one.
-pub(super) type Pair<S> = ([<S as Simd>::Float; GROUPS], [<S as Simd>::Float; GROUPS]);
+/// Distance at which weights are prefetched, in bytes: far enough for memory, and little enough for the nearest cache.
+const AHEAD: usize = 4096;
+
+/// Two neighbouring columns of a group.
+pub(super) type Pair<S> = [<S as Simd>::Float; 2];
 
 /// 32 columns of a panel.
 pub(super) trait Block: Copy {
-    /// Columns `8 * octet + 2 * PAIR` and the next one, without the scale.
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize) -> Pair<S>;
+    /// Columns `8 * octet + 2 * PAIR` and the next one of a group, without the scale.
+    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S>;
+    /// Whether prefetching pays even with a single row. Dense weights then stream faster than hints can lead: they would
+    /// only take the line buffers from the hardware's own prefetcher.
+    const PREFETCH_FOR_ONE_ROW: bool;
+    /// Asks for the weights that lie [`AHEAD`] bytes after an octet. Called octet by octet: asking for much at once
+    /// stalls the loads behind it.
+    fn prefetch<S: Simd>(self, s: S, octet: usize);
     /// What the rows of a group are multiplied with.
     fn scale<S: Simd>(self, s: S, group: usize) -> S::Float;
-    /// Asks for the weights that lie [`AHEAD`] bytes on.
-    fn prefetch<S: Simd>(self, s: S);
 }
 
 /// The blocks of one panel, or some of them.
@@ -28,55 +35,51 @@ pub(super) trait Blocks: Copy {
     fn block(self, index: usize) -> Self::Block;
 }
 
-/// Distance at which weights are prefetched, in bytes: far enough for memory, and within what the caches keep.
-const AHEAD: usize = 4096;
-
-#[inline(always)]
-fn prefetch_lines<S: Simd, T>(s: S, lines: &[T]) {
-    for line in lines {
-        s.prefetch(line, AHEAD);
-    }
-}
-
 impl Block for &F32Block {
+    const PREFETCH_FOR_ONE_ROW: bool = false;
+
     #[inline(always)]
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize) -> Pair<S> {
-        let at = (octet * 4 + PAIR) * 2 * GROUPS;
-        ([s.load(&self[at]), s.load(&self[at + 1])], [s.load(&self[at + 2]), s.load(&self[at + 3])])
+    fn prefetch<S: Simd>(self, s: S, octet: usize) {
+        let (octets, _) = self.as_chunks::<{ 8 * GROUPS }>();
+        for line in &octets[octet] {
+            s.prefetch(line, AHEAD);
+        }
+    }
+
+    #[inline(always)]
+    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
+        let at = (octet * 4 + PAIR) * 2 * GROUPS + group;
+        [s.load(&self[at]), s.load(&self[at + GROUPS])]
     }
 
     #[inline(always)]
     fn scale<S: Simd>(self, s: S, _group: usize) -> S::Float {
         s.splat(1.0)
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(self, s: S) {
-        prefetch_lines(s, self);
     }
 }
 
 impl Block for &Bf16Block {
+    const PREFETCH_FOR_ONE_ROW: bool = false;
+
     #[inline(always)]
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize) -> Pair<S> {
-        let at = (octet * 4 + PAIR) * GROUPS;
-        let words = [s.bits(&self[at]), s.bits(&self[at + 1])];
+    fn prefetch<S: Simd>(self, s: S, octet: usize) {
+        let (octets, _) = self.as_chunks::<{ 4 * GROUPS }>();
+        for line in &octets[octet] {
+            s.prefetch(line, AHEAD);
+        }
+    }
+
+    #[inline(always)]
+    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
+        let line = &self[(octet * 4 + PAIR) * GROUPS + group];
+        let words = s.bits(line);
         // A bf16 is the upper half of an f32.
-        let upper = s.splat_bits(0xffff_0000);
-        (
-            [s.from_bits(s.shl(words[0], 16)), s.from_bits(s.shl(words[1], 16))],
-            [s.from_bits(s.and_bits(words[0], upper)), s.from_bits(s.and_bits(words[1], upper))],
-        )
+        [s.bits_to_float(s.shl(words, 16)), s.bits_to_float(s.and_bits(words, s.splat_bits(0xffff_0000)))]
     }
 
     #[inline(always)]
     fn scale<S: Simd>(self, s: S, _group: usize) -> S::Float {
         s.splat(1.0)
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(self, s: S) {
-        prefetch_lines(s, self);
     }
 }
 
@@ -88,27 +91,31 @@ pub(super) struct Mxfp4Block<'a> {
 }
 
 impl Block for Mxfp4Block<'_> {
+    const PREFETCH_FOR_ONE_ROW: bool = true;
+
     #[inline(always)]
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize) -> Pair<S> {
-        let words = [s.bits(&self.codes[octet * GROUPS]), s.bits(&self.codes[octet * GROUPS + 1])];
-        let (even, odd) = (8 * PAIR as u32, 8 * PAIR as u32 + 4);
-        (
-            [s.fp4(s.shr(words[0], even)), s.fp4(s.shr(words[1], even))],
-            [s.fp4(s.shr(words[0], odd)), s.fp4(s.shr(words[1], odd))],
-        )
+    fn prefetch<S: Simd>(self, s: S, octet: usize) {
+        for group in 0..GROUPS {
+            s.prefetch(&self.codes[octet * GROUPS + group], AHEAD);
+        }
+        if octet == 0 {
+            s.prefetch(self.scales, AHEAD / size_of::<CodeBlock>() * size_of::<ScaleBlock>());
+        }
+    }
+
+    #[inline(always)]
+    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
+        let line = &self.codes[octet * GROUPS + group];
+        let words = s.bits(line);
+        let even = 8 * PAIR as u32;
+        [s.fp4(s.shr(words, even)), s.fp4(s.shr(words, even + 4))]
     }
 
     #[inline(always)]
     fn scale<S: Simd>(self, s: S, group: usize) -> S::Float {
         // 2^(e - 127): e is the exponent field, but 2^-127 is a subnormal whose field is 0.
         let exponents = s.shl(s.widen(&self.scales[group]), 23);
-        s.from_bits(s.max_bits(exponents, s.splat_bits(0x0040_0000)))
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(self, s: S) {
-        prefetch_lines(s, self.codes);
-        s.prefetch(self.scales, AHEAD / 16);
+        s.bits_to_float(s.max_bits(exponents, s.splat_bits(0x0040_0000)))
     }
 }
 
@@ -116,22 +123,25 @@ impl Block for Mxfp4Block<'_> {
 #[derive(Clone, Copy)]
 pub(super) struct DecodedBlock<'a> {
     weights: &'a F32Block,
-    scales: &'a [[f32; 16]; GROUPS],
+    scales: &'a [[f32; LANES]; GROUPS],
 }
 
 impl Block for DecodedBlock<'_> {
+    const PREFETCH_FOR_ONE_ROW: bool = false;
+
     #[inline(always)]
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize) -> Pair<S> {
-        self.weights.pair::<S, PAIR>(s, octet)
+    fn prefetch<S: Simd>(self, _s: S, _octet: usize) {}
+
+    #[inline(always)]
+    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
+        let at = (octet * 4 + PAIR) * 2 * GROUPS + group;
+        [s.load(&self.weights[at]), s.load(&self.weights[at + GROUPS])]
     }
 
     #[inline(always)]
     fn scale<S: Simd>(self, s: S, group: usize) -> S::Float {
         s.load(&self.scales[group])
     }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(self, _s: S) {}
 }
 
 impl<'a> Blocks for &'a [F32Block] {
@@ -198,14 +208,14 @@ pub(super) const DECODED: usize = 4;
 #[repr(align(64))]
 pub(super) struct Decoded {
     weights: [F32Block; DECODED],
-    scales: [[[f32; 16]; GROUPS]; DECODED],
+    scales: [[[f32; LANES]; GROUPS]; DECODED],
     len: usize,
 }
 
 impl Decoded {
     /// Room for [`DECODED`] blocks.
     pub(super) fn new() -> Self {
-        Self { weights: [[[0.0; 16]; 64]; DECODED], scales: [[[0.0; 16]; GROUPS]; DECODED], len: 0 }
+        Self { weights: [[[0.0; LANES]; BLOCK * GROUPS]; DECODED], scales: [[[0.0; LANES]; GROUPS]; DECODED], len: 0 }
     }
 
     /// Decodes some blocks from `first` on.
@@ -214,20 +224,23 @@ impl Decoded {
         self.len = DECODED.min(blocks.len() - first);
         for index in 0..self.len {
             let block = blocks.block(first + index);
-            block.prefetch(s);
-            let (lines, _) = self.weights[index].as_chunks_mut::<16>();
-            for (octet, lines) in lines.iter_mut().enumerate() {
-                let ([a, b], [c, d]) = block.pair::<S, 0>(s, octet);
-                let ([e, f], [g, h]) = block.pair::<S, 1>(s, octet);
-                let ([i, j], [k, l]) = block.pair::<S, 2>(s, octet);
-                let ([m, n], [o, p]) = block.pair::<S, 3>(s, octet);
-                let values = [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p];
-                for at in 0..16 {
-                    s.store(values[at], &mut lines[at]);
+            for octet in 0..BLOCK / 8 {
+                block.prefetch(s, octet);
+                for group in 0..GROUPS {
+                    let lines = &mut self.weights[index][octet * 8 * GROUPS + group..];
+                    let pairs = [
+                        block.pair::<S, 0>(s, octet, group),
+                        block.pair::<S, 1>(s, octet, group),
+                        block.pair::<S, 2>(s, octet, group),
+                        block.pair::<S, 3>(s, octet, group),
+                    ];
+                    for column in 0..8 {
+                        s.store(pairs[column / 2][column % 2], &mut lines[column * GROUPS]);
+                    }
                 }
             }
-            for (group, line) in self.scales[index].iter_mut().enumerate() {
-                s.store(block.scale(s, group), line);
+            for group in 0..GROUPS {
+                s.store(block.scale(s, group), &mut self.scales[index][group]);
             }
         }
     }

@@ -91,7 +91,7 @@ impl<'a> LayerView<'a> {
 impl KvCache {
     /// An empty cache. Its memory is taken as blocks are first written.
     pub(super) fn new(spec: &KvCacheSpec) -> Result<Self, BackendError> {
-        if spec.block_size == 0 || spec.head_dim % 2 != 0 {
+        if spec.block_size == 0 || !spec.head_dim.is_multiple_of(2) {
             return Err(BackendError::Unsupported(format!(
                 "KV cache with blocks of {} tokens and heads of {}, expected at least 1 and an even number",
                 spec.block_size, spec.head_dim

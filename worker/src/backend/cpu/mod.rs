@@ -252,7 +252,7 @@ impl Backend for CpuBackend {
     }
 
     fn from_host(&mut self, values: Vec<f32>, width: usize) -> Result<Activations, BackendError> {
-        if width == 0 || values.len() % width != 0 {
+        if width == 0 || !values.len().is_multiple_of(width) {
             let message = format!("{} values in rows of {width}", values.len());
             return Err(BackendError::Operation { operation: "from_host", message });
         }
@@ -284,7 +284,7 @@ fn check_batch(batch: &Batch, qkv: [&Activations; 3], heads: usize, kv_heads: us
     if next != rows {
         return Err(refused(format!("sequences with {next} of {rows} rows")));
     }
-    if kv_heads == 0 || heads == 0 || heads % kv_heads != 0 {
+    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return Err(refused(format!("{heads} query heads on {kv_heads} key and value heads")));
     }
     Ok(())

@@ -3,6 +3,9 @@
 //! A kernel reads a panel from its first byte to its last and never looks across lanes: each lane is one output.
 //! Rows are padded to whole panels and columns to whole blocks of 32, with zeros.
 
+use std::borrow::Cow;
+
+use half::bf16;
 use phalanx_proto::geometry::MXFP4_BLOCK;
 
 use super::{
@@ -23,12 +26,19 @@ pub(super) const PANEL_ROWS: usize = GROUPS * LANES;
 /// Columns of a block: as many as share an MXFP4 scale. Sums are taken block by block for every kind of weight.
 pub(super) const BLOCK: usize = MXFP4_BLOCK;
 
-/// A block of a panel in f32: `[column][group]`.
-pub(super) type F32Block = [[f32; LANES]; BLOCK * GROUPS];
-/// A block of a panel in bf16: `[pair of columns][group]`, the even column in the low half of each word.
-pub(super) type Bf16Block = [[u32; LANES]; BLOCK / 2 * GROUPS];
-/// The codes of a block of a panel: `[eight columns][group]`, the first column in the lowest nibble of each word.
-pub(super) type CodeBlock = [[u32; LANES]; BLOCK / 8 * GROUPS];
+/// Lines of a block in f32: `[column][group]`.
+const LINES_F32: usize = BLOCK * GROUPS;
+/// Lines of a block in bf16: `[pair of columns][group]`, the even column in the low half of each word.
+const LINES_BF16: usize = BLOCK / 2 * GROUPS;
+/// Lines of a block's codes: `[eight columns][group]`, the first column in the lowest nibble of each word.
+const LINES_CODES: usize = BLOCK / 8 * GROUPS;
+
+/// A block of a panel in f32.
+pub(super) type F32Block = [[f32; LANES]; LINES_F32];
+/// A block of a panel in bf16.
+pub(super) type Bf16Block = [[u32; LANES]; LINES_BF16];
+/// The FP4 codes of a block of a panel.
+pub(super) type CodeBlock = [[u32; LANES]; LINES_CODES];
 /// The E8M0 scales of a block of a panel.
 pub(super) type ScaleBlock = [[u8; LANES]; GROUPS];
 
@@ -46,7 +56,7 @@ pub(super) struct Panels {
 pub(super) enum Weights {
     F32(Slab<[f32; LANES]>),
     Bf16(Slab<[u32; LANES]>),
-    Mxfp4 { codes: Slab<[u32; LANES]>, scales: Slab<ScaleBlock> },
+    Mxfp4 { codes: Slab<[u32; LANES]>, scales: Slab<[u8; LANES]> },
 }
 
 /// MXFP4 matrices as in the checkpoint, that become panels.
@@ -81,35 +91,28 @@ impl Panels {
     /// Makes a dense matrix resident.
     pub(super) fn dense(pool: &mut Pool, matrix: &DenseMatrix) -> Result<Self, BackendError> {
         let (rows, columns) = (matrix.rows, matrix.columns);
-        let (panels, blocks) = (rows.div_ceil(PANEL_ROWS), columns.div_ceil(BLOCK));
         let what = format!("a matrix of {rows} by {columns}");
-        let values = match &matrix.data {
-            DenseData::Bf16(values) => values.len(),
-            DenseData::F32(values) => values.len(),
-        };
-        check_length(&what, "values", values, rows * columns)?;
+        let (panels, blocks) = (rows.div_ceil(PANEL_ROWS), columns.div_ceil(BLOCK));
+        let row_of_lane = |panel, lane| Some(straight(panel, lane)).filter(|row| *row < rows);
         let weights = match &matrix.data {
             DenseData::Bf16(values) => {
-                let mut slab =
-                    Slab::zeroed(&what, panels * blocks * size_of::<Bf16Block>() / size_of::<[u32; LANES]>())?;
-                pack(pool, &mut slab, panels, (rows, columns), |lines: &mut [[u32; LANES]], row, lane| {
-                    let values = &values[row * columns..(row + 1) * columns];
-                    for (pair, values) in values.chunks(2).enumerate() {
-                        let high = values.get(1).map_or(0, |value| u32::from(value.to_bits()));
-                        let line = &mut lines[pair * GROUPS + lane / LANES];
-                        line[lane % LANES] = high << 16 | u32::from(values[0].to_bits());
-                    }
-                });
+                check_length(&what, "values", values.len(), rows * columns)?;
+                let padded = if columns.is_multiple_of(2) {
+                    Cow::Borrowed(values)
+                } else {
+                    Cow::Owned(pad_rows(values, columns))
+                };
+                let (pairs, _) = padded.as_chunks::<2>();
+                let mut slab = Slab::zeroed(&what, panels * blocks * LINES_BF16)?;
+                let source = Rows { panels, each: columns.div_ceil(2), row_of_lane };
+                let word = |[even, odd]: &[bf16; 2]| u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
+                source.pack(pool, &mut slab, pairs, word);
                 Weights::Bf16(slab)
             }
             DenseData::F32(values) => {
-                let mut slab =
-                    Slab::zeroed(&what, panels * blocks * size_of::<F32Block>() / size_of::<[f32; LANES]>())?;
-                pack(pool, &mut slab, panels, (rows, columns), |lines: &mut [[f32; LANES]], row, lane| {
-                    for (column, value) in values[row * columns..(row + 1) * columns].iter().enumerate() {
-                        lines[column * GROUPS + lane / LANES][lane % LANES] = *value;
-                    }
-                });
+                check_length(&what, "values", values.len(), rows * columns)?;
+                let mut slab = Slab::zeroed(&what, panels * blocks * LINES_F32)?;
+                Rows { panels, each: columns, row_of_lane }.pack(pool, &mut slab, values, |value| *value);
                 Weights::F32(slab)
             }
         };
@@ -118,9 +121,8 @@ impl Panels {
 
     /// Makes MXFP4 matrices resident.
     pub(super) fn mxfp4(pool: &mut Pool, source: &Mxfp4Source<'_>) -> Result<Self, BackendError> {
-        let blocks = source.columns / BLOCK;
-        let rows = source.matrices * source.rows;
-        if source.rows % PANEL_ROWS != 0 || source.columns % BLOCK != 0 {
+        let (blocks, rows) = (source.columns / BLOCK, source.matrices * source.rows);
+        if !source.rows.is_multiple_of(PANEL_ROWS) || !source.columns.is_multiple_of(BLOCK) {
             return Err(BackendError::Unsupported(format!(
                 "{}: {} rows by {} columns, expected multiples of {PANEL_ROWS} and {BLOCK}",
                 source.what, source.rows, source.columns
@@ -128,28 +130,16 @@ impl Panels {
         }
         check_length(source.what, "bytes of FP4", source.blocks.len(), rows * blocks * BLOCK / 2)?;
         check_length(source.what, "scales", source.scales.len(), rows * blocks)?;
-        let panels = rows / PANEL_ROWS;
-        let mut codes =
-            Slab::zeroed(source.what, panels * blocks * size_of::<CodeBlock>() / size_of::<[u32; LANES]>())?;
-        let panels_each = source.rows / PANEL_ROWS;
-        let first_row = |panel: usize, lane: usize| {
-            panel / panels_each * source.rows + (source.row_of_lane)(panel % panels_each, lane)
+        let (panels, panels_each) = (rows / PANEL_ROWS, source.rows / PANEL_ROWS);
+        let row_of_lane = |panel: usize, lane: usize| {
+            Some(panel / panels_each * source.rows + (source.row_of_lane)(panel % panels_each, lane))
         };
-        pack(pool, &mut codes, panels, (rows, source.columns), |lines: &mut [[u32; LANES]], slot, lane| {
-            let row = first_row(slot / PANEL_ROWS, lane);
-            let row_bytes = blocks * BLOCK / 2;
-            let (words, _) = source.blocks[row * row_bytes..(row + 1) * row_bytes].as_chunks::<4>();
-            for (word, bytes) in words.iter().enumerate() {
-                lines[word * GROUPS + lane / LANES][lane % LANES] = u32::from_le_bytes(*bytes);
-            }
-        });
-        let mut scales = Slab::zeroed(source.what, panels * blocks)?;
-        pack(pool, &mut scales, panels, (rows, source.columns), |lines: &mut [ScaleBlock], slot, lane| {
-            let row = first_row(slot / PANEL_ROWS, lane);
-            for (line, scale) in lines.iter_mut().zip(&source.scales[row * blocks..(row + 1) * blocks]) {
-                line[lane / LANES][lane % LANES] = *scale;
-            }
-        });
+        let mut codes = Slab::zeroed(source.what, panels * blocks * LINES_CODES)?;
+        let (words, _) = source.blocks.as_chunks::<4>();
+        let each = source.columns / 8;
+        Rows { panels, each, row_of_lane }.pack(pool, &mut codes, words, |word| u32::from_le_bytes(*word));
+        let mut scales = Slab::zeroed(source.what, panels * blocks * GROUPS)?;
+        Rows { panels, each: blocks, row_of_lane }.pack(pool, &mut scales, source.scales, |scale| *scale);
         Ok(Self { columns: source.columns, blocks, weights: Weights::Mxfp4 { codes, scales } })
     }
 
@@ -160,9 +150,10 @@ impl Panels {
         match &self.weights {
             Weights::F32(lines) => Panel::F32(&lines.as_chunks().0[blocks]),
             Weights::Bf16(lines) => Panel::Bf16(&lines.as_chunks().0[blocks]),
-            Weights::Mxfp4 { codes, scales } => {
-                Panel::Mxfp4(Mxfp4Blocks { codes: &codes.as_chunks().0[blocks.clone()], scales: &scales[blocks] })
-            }
+            Weights::Mxfp4 { codes, scales } => Panel::Mxfp4(Mxfp4Blocks {
+                codes: &codes.as_chunks().0[blocks.clone()],
+                scales: &scales.as_chunks().0[blocks],
+            }),
         }
     }
 
@@ -176,25 +167,48 @@ impl Panels {
     }
 }
 
-/// Fills each panel of a slab: calls `fill(panel's lines, row, lane)` for all of its rows that exist.
-fn pack<T: Send>(
-    pool: &mut Pool,
-    lines: &mut [T],
+/// Where the rows of panels come from.
+struct Rows<F> {
     panels: usize,
-    (rows, columns): (usize, usize),
-    fill: impl Fn(&mut [T], usize, usize) + Sync,
-) {
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    let panel_lines = lines.len() / panels;
-    let cut = Cut { width: panel_lines, heights: &vec![1; panels], columns: panel_lines };
-    split(pool, lines, &cut, |panel, _, mut part| {
-        let first = panel * PANEL_ROWS;
-        for row in first..(first + PANEL_ROWS).min(rows) {
-            fill(part.flat(), row, row - first);
+    /// Elements of a row.
+    each: usize,
+    /// The source's row of a panel's lane, if there is one.
+    row_of_lane: F,
+}
+
+impl<F: Fn(usize, usize) -> Option<usize> + Sync> Rows<F> {
+    /// Interleaves the rows of `source`, `[row, element]`, into panels: `[panel][element][group][lane]`.
+    fn pack<E: Sync, V: Send + Default>(
+        &self,
+        pool: &mut Pool,
+        lines: &mut [[V; LANES]],
+        source: &[E],
+        value: impl Fn(&E) -> V + Sync,
+    ) {
+        let panel_lines = lines.len() / self.panels.max(1);
+        if panel_lines == 0 {
+            return;
         }
-    });
+        let cut = Cut { width: panel_lines, heights: &vec![1; self.panels], columns: panel_lines };
+        split(pool, lines, &cut, |panel, _, mut part| {
+            let row = |row: usize| &source[row * self.each..(row + 1) * self.each];
+            let rows: [&[E]; PANEL_ROWS] =
+                std::array::from_fn(|lane| (self.row_of_lane)(panel, lane).map(row).unwrap_or_default());
+            // Lines are written whole, one after the other; the 32 rows are read side by side. The other way round is
+            // four times slower.
+            let (elements, _) = part.flat().as_chunks_mut::<GROUPS>();
+            for (at, lines) in elements.iter_mut().enumerate().take(self.each) {
+                for (lane, row) in rows.iter().enumerate() {
+                    lines[lane / LANES][lane % LANES] = row.get(at).map_or_else(V::default, &value);
+                }
+            }
+        });
+    }
+}
+
+/// The rows with a zero after each.
+fn pad_rows(values: &[bf16], columns: usize) -> Vec<bf16> {
+    values.chunks(columns).flat_map(|row| row.iter().copied().chain([bf16::ZERO])).collect()
 }
 
 fn check_length(what: &str, of: &str, found: usize, expected: usize) -> Result<(), BackendError> {

@@ -8,7 +8,7 @@
 //! first-level cache and then meet all tokens of the band.
 
 use super::{
-    blocks::{Block, Blocks, DECODED, Decoded, Pair, Panel},
+    blocks::{Block, Blocks, DECODED, Decoded, Panel},
     panels::{BLOCK, GROUPS, PANEL_ROWS, Panels},
     rows::{BAND_ROWS, Band, PackedRows},
     simd::{
@@ -80,26 +80,30 @@ impl Kernel for PanelTask<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        if self.band.tiles.len() > 1 {
+        if self.band.tiles.len() >= S::DECODE_FROM_TILES {
             self.multiply_band(s);
             return;
         }
         match self.product.panels.panel(self.panel) {
-            Panel::F32(blocks) => self.multiply_tile(s, blocks),
-            Panel::Bf16(blocks) => self.multiply_tile(s, blocks),
-            Panel::Mxfp4(blocks) => self.multiply_tile(s, blocks),
+            Panel::F32(blocks) => self.multiply_tiles(s, blocks),
+            Panel::Bf16(blocks) => self.multiply_tiles(s, blocks),
+            Panel::Mxfp4(blocks) => self.multiply_tiles(s, blocks),
         }
     }
 }
 
 impl PanelTask<'_> {
-    /// One tile, weights decoded in registers.
+    /// Few tiles, for each of which weights are decoded in registers.
     #[inline(always)]
-    fn multiply_tile<S: Simd, B: Blocks>(&mut self, s: S, blocks: B) {
-        let (rows, values) = self.product.rows.tile(self.band.tiles.start);
-        let mut sums = [[[0.0; LANES]; GROUPS]; MAX_TILE_ROWS];
-        accumulate_tile(s, blocks, values, &mut sums[..rows]);
-        self.finish(s, &sums[..rows]);
+    fn multiply_tiles<S: Simd, B: Blocks>(&mut self, s: S, blocks: B) {
+        let mut first = 0;
+        for tile in self.band.tiles.clone() {
+            let (rows, values) = self.product.rows.tile(tile);
+            let mut sums = [[[0.0; LANES]; GROUPS]; MAX_TILE_ROWS];
+            accumulate_tile(s, blocks, values, &mut sums[..rows]);
+            self.finish(s, first, &sums[..rows]);
+            first += rows;
+        }
     }
 
     /// Many tiles, which share the work of decoding.
@@ -123,11 +127,11 @@ impl PanelTask<'_> {
                 sums = rest;
             }
         }
-        self.finish(s, &sums[..self.band.rows]);
+        self.finish(s, 0, &sums[..self.band.rows]);
     }
 
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, s: S, sums: &[Sums]) {
+    fn finish<S: Simd>(&mut self, s: S, first: usize, sums: &[Sums]) {
         let (bias, _) = self.product.bias[self.panel * PANEL_ROWS..].as_chunks::<LANES>();
         for (row, sums) in sums.iter().enumerate() {
             let low = s.add(s.load(&sums[0]), s.load(&bias[0]));
@@ -141,7 +145,7 @@ impl PanelTask<'_> {
                 Outputs::Swiglu { limit } => s.store(swiglu(s, low, high, limit), &mut outputs[0]),
             }
             // The last panel of a matrix may have fewer rows than lanes.
-            let out = self.out.row(row);
+            let out = self.out.row(first + row);
             out.copy_from_slice(&outputs.as_flattened()[..out.len()]);
         }
     }
@@ -179,7 +183,7 @@ fn accumulate_tile<S: Simd, B: Blocks>(s: S, blocks: B, values: &[f32], sums: &m
     }
 }
 
-/// Per block: `ROWS * 64` multiply-adds of vectors, on `ROWS * 4` chains that stay in registers.
+/// Per block: `ROWS * 64` multiply-adds of vectors, on chains that stay in registers.
 #[inline(always)]
 fn accumulate<S: Simd, B: Blocks, const ROWS: usize>(s: S, blocks: B, values: &[f32], sums: &mut [Sums]) {
     let (columns, _) = values.as_chunks::<ROWS>();
@@ -187,38 +191,63 @@ fn accumulate<S: Simd, B: Blocks, const ROWS: usize>(s: S, blocks: B, values: &[
     let Some(sums) = sums.first_chunk_mut::<ROWS>() else { return };
     for (index, values) in values.iter().enumerate().take(blocks.len()) {
         let block = blocks.block(index);
-        block.prefetch(s);
-        let mut chains = [([s.splat(0.0); GROUPS], [s.splat(0.0); GROUPS]); ROWS];
-        let (octets, _) = values.as_chunks::<8>();
-        for (octet, x) in octets.iter().enumerate() {
-            step(s, block.pair::<S, 0>(s, octet), [&x[0], &x[1]], &mut chains);
-            step(s, block.pair::<S, 1>(s, octet), [&x[2], &x[3]], &mut chains);
-            step(s, block.pair::<S, 2>(s, octet), [&x[4], &x[5]], &mut chains);
-            step(s, block.pair::<S, 3>(s, octet), [&x[6], &x[7]], &mut chains);
-        }
-        for row in 0..ROWS {
-            let (even, odd) = chains[row];
+        // Both groups at once, so that a value is broadcast once; one after the other where registers are few.
+        if S::MANY_REGISTERS {
+            accumulate_block::<S, _, ROWS, GROUPS>(s, (block, 0), values, sums);
+        } else {
             for group in 0..GROUPS {
-                let block_sum = s.add(even[group], odd[group]);
-                let sum = s.fma(block_sum, block.scale(s, group), s.load(&sums[row][group]));
-                s.store(sum, &mut sums[row][group]);
+                accumulate_block::<S, _, ROWS, 1>(s, (block, group), values, sums);
             }
+        }
+    }
+}
+
+/// One block of `AT_ONCE` groups from the given one on.
+#[inline(always)]
+fn accumulate_block<S: Simd, B: Block, const ROWS: usize, const AT_ONCE: usize>(
+    s: S,
+    (block, first): (B, usize),
+    values: &[[f32; ROWS]; BLOCK],
+    sums: &mut [Sums; ROWS],
+) {
+    let mut chains = [[[s.splat(0.0); 2]; AT_ONCE]; ROWS];
+    let (octets, _) = values.as_chunks::<8>();
+    for (octet, x) in octets.iter().enumerate() {
+        if first == 0 && (ROWS > 1 || B::PREFETCH_FOR_ONE_ROW) {
+            block.prefetch(s, octet);
+        }
+        step::<S, B, 0, ROWS, AT_ONCE>(s, (block, octet, first), [&x[0], &x[1]], &mut chains);
+        step::<S, B, 1, ROWS, AT_ONCE>(s, (block, octet, first), [&x[2], &x[3]], &mut chains);
+        step::<S, B, 2, ROWS, AT_ONCE>(s, (block, octet, first), [&x[4], &x[5]], &mut chains);
+        step::<S, B, 3, ROWS, AT_ONCE>(s, (block, octet, first), [&x[6], &x[7]], &mut chains);
+    }
+    for row in 0..ROWS {
+        for at in 0..AT_ONCE {
+            let block_sum = s.add(chains[row][at][0], chains[row][at][1]);
+            let sum = &mut sums[row][first + at];
+            s.store(s.fma(block_sum, block.scale(s, first + at), s.load(sum)), sum);
         }
     }
 }
 
 /// Two columns of all rows.
 #[inline(always)]
-fn step<S: Simd, const ROWS: usize>(s: S, weights: Pair<S>, values: [&[f32; ROWS]; 2], chains: &mut [Pair<S>; ROWS]) {
-    let (w_even, w_odd) = weights;
+fn step<S: Simd, B: Block, const PAIR: usize, const ROWS: usize, const AT_ONCE: usize>(
+    s: S,
+    (block, octet, first): (B, usize, usize),
+    values: [&[f32; ROWS]; 2],
+    chains: &mut [[[S::Float; 2]; AT_ONCE]; ROWS],
+) {
+    let mut weights = [[s.splat(0.0); 2]; AT_ONCE];
+    for (at, weights) in weights.iter_mut().enumerate() {
+        *weights = block.pair::<S, PAIR>(s, octet, first + at);
+    }
     for row in 0..ROWS {
-        let x = s.splat(values[0][row]);
-        for group in 0..GROUPS {
-            chains[row].0[group] = s.fma(w_even[group], x, chains[row].0[group]);
-        }
-        let x = s.splat(values[1][row]);
-        for group in 0..GROUPS {
-            chains[row].1[group] = s.fma(w_odd[group], x, chains[row].1[group]);
+        for parity in 0..2 {
+            let x = s.splat(values[parity][row]);
+            for at in 0..AT_ONCE {
+                chains[row][at][parity] = s.fma(weights[at][parity], x, chains[row][at][parity]);
+            }
         }
     }
 }

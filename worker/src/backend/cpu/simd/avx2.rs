@@ -31,7 +31,9 @@ fn halves<T>(line: &[T; LANES]) -> (*const T, *const T) {
 impl Simd for Avx2 {
     type Float = [__m256; 2];
     type Bits = [__m256i; 2];
-    const TILE_ROWS: usize = 2;
+    const TILE_ROWS: usize = 3;
+    const MANY_REGISTERS: bool = false;
+    const DECODE_FROM_TILES: usize = 3;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -169,7 +171,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: Self::Float) -> Self::Bits {
+    fn float_to_bits(self, value: Self::Float) -> Self::Bits {
         // SAFETY: the token proves AVX2 and FMA.
         let low = unsafe { _mm256_castps_si256(value[0]) };
         // SAFETY: the token proves AVX2 and FMA.
@@ -178,7 +180,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn from_bits(self, value: Self::Bits) -> Self::Float {
+    fn bits_to_float(self, value: Self::Bits) -> Self::Float {
         // SAFETY: the token proves AVX2 and FMA.
         let low = unsafe { _mm256_castsi256_ps(value[0]) };
         // SAFETY: the token proves AVX2 and FMA.
@@ -251,7 +253,7 @@ impl Simd for Avx2 {
         let low = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[0]) };
         // SAFETY: the token proves AVX2.
         let high = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[1]) };
-        self.from_bits(self.xor_bits(self.to_bits([low, high]), signs))
+        self.bits_to_float(self.xor_bits(self.float_to_bits([low, high]), signs))
     }
 
     #[inline(always)]

@@ -25,6 +25,8 @@ impl Simd for Avx512 {
     type Float = __m512;
     type Bits = __m512i;
     const TILE_ROWS: usize = 6;
+    const MANY_REGISTERS: bool = true;
+    const DECODE_FROM_TILES: usize = 5;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -119,13 +121,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: Self::Float) -> Self::Bits {
+    fn float_to_bits(self, value: Self::Float) -> Self::Bits {
         // SAFETY: the token proves AVX-512F.
         unsafe { _mm512_castps_si512(value) }
     }
 
     #[inline(always)]
-    fn from_bits(self, value: Self::Bits) -> Self::Float {
+    fn bits_to_float(self, value: Self::Bits) -> Self::Float {
         // SAFETY: the token proves AVX-512F.
         unsafe { _mm512_castsi512_ps(value) }
     }

@@ -23,7 +23,7 @@ unsafe impl<const N: usize> Plain for [f32; N] {}
 // SAFETY: arrays of numbers.
 unsafe impl<const N: usize> Plain for [u32; N] {}
 // SAFETY: arrays of numbers.
-unsafe impl<const N: usize, const M: usize> Plain for [[u8; N]; M] {}
+unsafe impl<const N: usize> Plain for [u8; N] {}
 
 /// A slice in memory of its own. Pages that were never written take no memory.
 pub(crate) struct Slab<T: Plain> {
@@ -51,9 +51,15 @@ impl<T: Plain> Slab<T> {
         if available_bytes().is_some_and(|available| bytes as u64 > available) {
             return Err(out_of_memory(bytes as u64));
         }
-        // Room to move the start to a huge page; the slack is never touched and so costs nothing.
-        let slack = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
-        let mapped_bytes = bytes.max(1) + slack;
+        // Room to move the start to a huge page; the slack is never touched and so costs nothing. What fills half of its
+        // last huge page gets all of it: decoding reads more small matrices than the address cache has small pages for.
+        let slack = if bytes >= HUGE_PAGE_BYTES / 2 { HUGE_PAGE_BYTES } else { 0 };
+        let advised = if bytes % HUGE_PAGE_BYTES >= HUGE_PAGE_BYTES / 2 {
+            bytes.next_multiple_of(HUGE_PAGE_BYTES)
+        } else {
+            bytes
+        };
+        let mapped_bytes = bytes.max(1).max(advised) + slack;
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
         // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
         let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, access, flags) };
@@ -63,7 +69,7 @@ impl<T: Plain> Slab<T> {
         if slack > 0 {
             // Without huge pages all works, only slower: the answer does not matter.
             // SAFETY: the range lies within the new mapping, and the advice changes no content.
-            let _ = unsafe { madvise(start.as_ptr(), bytes, Advice::LinuxHugepage) };
+            let _ = unsafe { madvise(start.as_ptr(), advised, Advice::LinuxHugepage) };
         }
         Ok(Self { start: start.cast(), len, mapping, mapped_bytes })
     }

@@ -111,8 +111,12 @@ pub(crate) trait Simd: Copy {
     type Float: Copy;
     /// 16 u32.
     type Bits: Copy;
-    /// Most rows of activations whose sums with a panel fit the registers.
+    /// Most rows of activations whose sums fit the registers.
     const TILE_ROWS: usize;
+    /// Whether the registers are 32, and not 16 that hold half a vector each.
+    const MANY_REGISTERS: bool;
+    /// Tiles from which on it pays to decode weights to memory once, rather than in registers for each tile.
+    const DECODE_FROM_TILES: usize;
 
     /// Calls a kernel with this instruction set enabled.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
@@ -147,9 +151,9 @@ pub(crate) trait Simd: Copy {
     /// One word in all lanes.
     fn splat_bits(self, value: u32) -> Self::Bits;
     /// The bits of floats.
-    fn to_bits(self, value: Self::Float) -> Self::Bits;
+    fn float_to_bits(self, value: Self::Float) -> Self::Bits;
     /// The floats of bits.
-    fn from_bits(self, value: Self::Bits) -> Self::Float;
+    fn bits_to_float(self, value: Self::Bits) -> Self::Float;
     /// Wrapping sum.
     fn add_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits;
     /// Bitwise and.
@@ -192,8 +196,8 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
     }
     let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
     // 2^n; at n = -127 the exponent field is 0, so that what lies below the range becomes exactly 0.
-    let power = s.add_bits(s.shl(s.to_bits(shifted), 23), s.splat_bits(0x3f80_0000));
-    s.mul(p, s.from_bits(power))
+    let power = s.add_bits(s.shl(s.float_to_bits(shifted), 23), s.splat_bits(0x3f80_0000));
+    s.mul(p, s.bits_to_float(power))
 }
 
 /// The sum of all lanes, always in the same order: halves onto halves.

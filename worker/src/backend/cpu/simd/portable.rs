@@ -16,6 +16,8 @@ impl Simd for Portable {
     type Float = [f32; LANES];
     type Bits = [u32; LANES];
     const TILE_ROWS: usize = 2;
+    const MANY_REGISTERS: bool = false;
+    const DECODE_FROM_TILES: usize = 2;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -98,12 +100,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: Self::Float) -> Self::Bits {
+    fn float_to_bits(self, value: Self::Float) -> Self::Bits {
         value.map(f32::to_bits)
     }
 
     #[inline(always)]
-    fn from_bits(self, value: Self::Bits) -> Self::Float {
+    fn bits_to_float(self, value: Self::Bits) -> Self::Float {
         value.map(f32::from_bits)
     }
 
