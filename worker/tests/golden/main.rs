@@ -6,6 +6,7 @@
 //! | `worlds` | the same greedy tokens at every world size and layout; how a prompt is cut and batched changes no bit |
 //! | `nano` | a trained model's sixty golden answers |
 //! | `shapes` | checkpoints of other shapes: the backends and the world sizes agree |
+//! | `precisions` | the same values as bf16, f16 and f32, in one file and in several |
 //! | `refusals` | damaged checkpoints and batches that do not fit |
 //! | `group`, `session`, `recorder`, `files` | ranks as threads, running prompts, listening in, reading golden files |
 
@@ -17,6 +18,7 @@ mod group;
 #[path = "../in_process/mod.rs"]
 mod in_process;
 mod nano;
+mod precisions;
 mod recorder;
 mod refusals;
 mod session;
@@ -37,7 +39,9 @@ trait Candidate: Backend {
 impl Candidate for ReferenceBackend {
     // The golden implementations differ from each other by 2.9e-5 at most. With logits up to 20, f32's unit roundoff of
     // 6e-8 gives 1.2e-6 for the last rounding alone; some 30 roundings in a row (three to five layers of norm, product,
-    // softmax, product) that partly cancel explain 3e-5, and three times that is the gate.
+    // softmax, product) that partly cancel explain 3e-5, and three times that is the gate. Short prompts keep half of it.
+    // At position 4200 the angles' rounding comes on top: the golden power function differs from ours in the last bit of
+    // one frequency (the seventh), which moves logits by up to 7e-5.
     const LOGIT_TOLERANCE: f32 = 1e-4;
 
     fn make(arithmetic: Arithmetic) -> Self {
@@ -46,8 +50,9 @@ impl Candidate for ReferenceBackend {
 }
 
 impl Candidate for CpuBackend {
-    // The same operations in f32 on the same exactly decoded weights, summed in another order: the same bound holds.
-    const LOGIT_TOLERANCE: f32 = ReferenceBackend::LOGIT_TOLERANCE;
+    // The same operations in f32 on the same exactly decoded weights: in whatever order a kernel adds, rounding is worth
+    // at most the 5e-5 of the short prompts, and the angles at position 4200 up to 7e-5.
+    const LOGIT_TOLERANCE: f32 = 1.2e-4;
 
     fn make(arithmetic: Arithmetic) -> Self {
         // One thread a rank: groups of four share the test machine's two cores.

@@ -26,9 +26,16 @@ const MORE: usize = 6;
 /// Every answer's logits as one sequence, and where they come from.
 type Answer = Vec<f32>;
 
-/// Makes a checkpoint in `folder` with Python.
+/// The Python that `tests/run` names or has installed, else the system's.
+fn python() -> PathBuf {
+    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/venv/bin/python");
+    let fallback = || if installed.exists() { installed } else { PathBuf::from("python3") };
+    std::env::var_os("PHALANX_PYTHON").map_or_else(fallback, PathBuf::from)
+}
+
+/// Makes a checkpoint in `folder`.
 fn make(folder: &Path, settings: &[&str]) -> PathBuf {
-    let python = std::env::var("PHALANX_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let python = python();
     let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tools/make_checkpoint.py");
     let settings = settings.iter().flat_map(|setting| ["--set", setting]);
     let output = Command::new(&python)
@@ -38,9 +45,9 @@ fn make(folder: &Path, settings: &[&str]) -> PathBuf {
         .args(settings)
         .output();
     let hint = "run the tests with tests/run, which installs Python and numpy into target/venv";
-    let output = output.unwrap_or_else(|error| panic!("{python}: {error}; {hint}"));
+    let output = output.unwrap_or_else(|error| panic!("{}: {error}; {hint}", python.display()));
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{python} make_checkpoint.py failed; {hint}\n{said}");
+    assert!(output.status.success(), "{} make_checkpoint.py failed; {hint}\n{said}", python.display());
     folder.to_owned()
 }
 

@@ -1,14 +1,13 @@
 //! The oracle: plain f32 tensor code on candle-core, slow and readable, held to the golden tensors.
 //!
-//! Dense weights are widened to f32 when loaded; MXFP4 experts stay packed and are widened when a token visits them.
+//! Weights stay as in the checkpoint, so that they take no more memory, and are widened to f32 when they are used.
 //! A row's result depends on that row alone, bit for bit: products take a fixed number of rows at a time, and
 //! attention looks at queries in tiles whose place and extent depend on positions only.
 
 mod attention;
 mod experts;
 
-use candle_core::{D, Device, Result, Tensor};
-use half::bf16;
+use candle_core::{D, DType, Device, Result, Tensor};
 use phalanx_proto::ids::TokenId;
 
 use self::attention::Cache;
@@ -49,19 +48,20 @@ fn tensor(values: Vec<f32>, shape: impl candle_core::shape::ShapeWithOneHole) ->
     Tensor::from_vec(values, shape, &Device::Cpu)
 }
 
-fn widen(matrix: DenseMatrix) -> Result<Tensor> {
-    let values = match matrix.data {
-        DenseData::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
-        DenseData::F32(values) => values,
-    };
-    tensor(values, (matrix.rows, matrix.columns))
+/// A matrix in the checkpoint's precision.
+fn dense(matrix: DenseMatrix) -> Result<Tensor> {
+    let shape = (matrix.rows, matrix.columns);
+    match matrix.data {
+        DenseData::Bf16(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+        DenseData::F32(values) => tensor(values, shape),
+    }
 }
 
 /// `x wᵀ` for `x` `[rows, in]` and `w` `[out, in]`.
 fn product(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let rows = x.dim(0)?;
     let padded = x.pad_with_zeros(0, 0, rows.next_multiple_of(PRODUCT_ROWS) - rows)?;
-    let transposed = w.t()?;
+    let transposed = w.to_dtype(DType::F32)?.t()?;
     let tile = |start| padded.narrow(0, start, PRODUCT_ROWS)?.matmul(&transposed);
     let tiles = (0..rows).step_by(PRODUCT_ROWS).map(tile).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&tiles, 0)?.narrow(0, 0, rows)
@@ -99,11 +99,11 @@ impl Backend for ReferenceBackend {
         bias: Option<Vec<f32>>,
     ) -> std::result::Result<Linear, BackendError> {
         let bias = bias.map(|bias| self.load_vector(bias)).transpose()?;
-        Ok(Linear { weight: widen(weight).map_err(failed("load_linear"))?, bias })
+        Ok(Linear { weight: dense(weight).map_err(failed("load_linear"))?, bias })
     }
 
     fn load_embedding(&mut self, table: DenseMatrix) -> std::result::Result<Tensor, BackendError> {
-        widen(table).map_err(failed("load_embedding"))
+        dense(table).map_err(failed("load_embedding"))
     }
 
     fn load_experts(&mut self, data: ExpertsData) -> std::result::Result<Experts, BackendError> {
@@ -120,7 +120,8 @@ impl Backend for ReferenceBackend {
     }
 
     fn embed(&mut self, table: &Tensor, tokens: &[TokenId]) -> std::result::Result<Tensor, BackendError> {
-        select(table, tokens.iter().map(|token| token.0)).map_err(failed("embed"))
+        let rows = select(table, tokens.iter().map(|token| token.0));
+        rows.and_then(|rows| rows.to_dtype(DType::F32)).map_err(failed("embed"))
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor) -> std::result::Result<Tensor, BackendError> {
