@@ -148,7 +148,8 @@ mod tests {
     #[test]
     fn every_kind_survives_the_way_through_a_status() {
         for (kind, _, _) in TABLE {
-            let fault = Fault { kind, message: "temperature is 3, expected 0 to 2".into(), field: "temperature".into() };
+            let fault =
+                Fault { kind, message: "temperature is 3, expected 0 to 2".into(), field: "temperature".into() };
             assert_eq!(Fault::from(&Status::from(fault.clone())), fault);
         }
     }

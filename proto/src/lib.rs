@@ -24,7 +24,13 @@ pub mod sampling;
 pub mod trace;
 
 /// Messages and services generated from `proto/phalanx/v1/*.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code; its documentation stands in the .proto files")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code; its documentation stands in the .proto files"
+)]
 pub mod v1 {
     tonic::include_proto!("phalanx.v1");
 

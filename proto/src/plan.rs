@@ -109,7 +109,9 @@ impl Admission {
             return Err(broken(format!("sequence {sequence}: {prompt_tokens} prompt tokens among {found}")));
         }
         if let Some(token) = message.tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(broken(format!("sequence {sequence}: token {token} is outside the vocabulary of {vocab_size}")));
+            return Err(broken(format!(
+                "sequence {sequence}: token {token} is outside the vocabulary of {vocab_size}"
+            )));
         }
         let sampling = message.sampling.clone().unwrap_or_default();
         Ok(Self {

@@ -54,9 +54,8 @@ async fn five_hundred_random_cancels_leave_no_block_behind() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let args = ["-tp".to_owned(), "2".into(), "--grpc-port".into(), port.clone(), "--max-num-seqs".into(), "16".into()];
     let args: Vec<String> = args.into_iter().chain(["--no-enable-prefix-caching".to_owned()]).collect();
-    let cluster = tokio::task::spawn_blocking(move || {
-        Cluster::start(&args.iter().map(String::as_str).collect::<Vec<_>>())
-    });
+    let cluster =
+        tokio::task::spawn_blocking(move || Cluster::start(&args.iter().map(String::as_str).collect::<Vec<_>>()));
     let _cluster = cluster.await.unwrap();
     let client = InferenceClient::connect(format!("http://127.0.0.1:{port}")).await.unwrap();
     let tasks = (0..STREAMS).map(|stream| {

@@ -61,7 +61,8 @@ fn unsafe_stands_only_where_the_house_allows_it() {
         let uses = text.lines().any(|line| {
             let code = line.trim_start();
             let word = |start: &str| code.starts_with(start) || code.contains(&format!(" {start}"));
-            !code.starts_with("//") && (word("unsafe {") || word("unsafe fn") || word("unsafe impl") || word("unsafe extern"))
+            !code.starts_with("//")
+                && (word("unsafe {") || word("unsafe fn") || word("unsafe impl") || word("unsafe extern"))
         });
         uses && !allowed.iter().any(|place| name.starts_with(place)) && name != "tests/tests/house.rs"
     });
@@ -112,7 +113,8 @@ fn foreign_crates_stay_behind_their_doors() {
 
 #[test]
 fn the_engine_reads_no_clock_and_does_no_io() {
-    let forbidden = ["tokio::", "std::fs", "std::net", "Instant::now", "SystemTime", "std::thread", "async fn", "tonic::"];
+    let forbidden =
+        ["tokio::", "std::fs", "std::net", "Instant::now", "SystemTime", "std::thread", "async fn", "tonic::"];
     let mut found = Vec::new();
     for (name, text) in sources().into_iter().filter(|(name, _)| name.starts_with("coordinator/src/engine")) {
         for word in forbidden {

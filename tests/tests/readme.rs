@@ -65,7 +65,8 @@ fn content(answer: &str) -> String {
 #[test]
 fn every_block_is_covered_by_a_test() {
     let headings = ["Two commands", "Ask it something", "Serving the real models", "Several hosts", "Measuring"];
-    let missing: Vec<_> = blocks().into_iter().filter(|b| !headings.contains(&b.heading.as_str())).map(|b| b.text).collect();
+    let missing: Vec<_> =
+        blocks().into_iter().filter(|b| !headings.contains(&b.heading.as_str())).map(|b| b.text).collect();
     assert!(missing.is_empty(), "commands that no test runs: {missing:?}");
     assert_eq!(under("Two commands"), ["cargo run --release -- serve\n", "tests/run\n"]);
 }
@@ -132,7 +133,8 @@ impl Namespace {
     }
 
     fn curl(&self, args: &[&str]) -> (Option<i32>, String) {
-        let (code, stdout, _) = output_of(Command::new("ip").args(["netns", "exec", &self.name, "curl", "-s"]).args(args));
+        let (code, stdout, _) =
+            output_of(Command::new("ip").args(["netns", "exec", &self.name, "curl", "-s"]).args(args));
         (code, stdout)
     }
 }
@@ -187,7 +189,11 @@ fn two_hosts_serve_one_model() {
     second.lines().for_each(|command| b.run(command));
     let deadline = Instant::now() + Duration::from_secs(60);
     while a.curl(&["-f", "http://127.0.0.1:8000/readyz"]).0 != Some(0) {
-        assert!(Instant::now() < deadline, "the cluster of two hosts is not ready: {:?}", a.curl(&["http://127.0.0.1:8000/readyz"]));
+        assert!(
+            Instant::now() < deadline,
+            "the cluster of two hosts is not ready: {:?}",
+            a.curl(&["http://127.0.0.1:8000/readyz"])
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     let body = r#"{"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}"#;

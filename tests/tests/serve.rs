@@ -124,7 +124,8 @@ fn sixteen_requests_at_once_get_the_tokens_each_gets_alone() {
             json!({"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": true, "return_token_ids": true})
         })
         .collect();
-    let tokens = |answer: Value| answer["choices"][0]["token_ids"].as_array().unwrap_or_else(|| panic!("{answer}")).clone();
+    let tokens =
+        |answer: Value| answer["choices"][0]["token_ids"].as_array().unwrap_or_else(|| panic!("{answer}")).clone();
     let alone: Vec<_> = bodies.iter().map(|body| tokens(post(&url, body))).collect();
     assert!(alone.iter().all(|tokens| tokens.len() == 24));
     let together = std::thread::scope(|scope| {

@@ -31,7 +31,8 @@ impl TraceService for Receiver {
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         for resource in request.into_inner().resource_spans {
             let attributes = resource.resource.iter().flat_map(|resource| &resource.attributes);
-            let service = attributes.filter(|kv| kv.key == "service.name").map(|kv| format!("{:?}", kv.value)).collect();
+            let service =
+                attributes.filter(|kv| kv.key == "service.name").map(|kv| format!("{:?}", kv.value)).collect();
             let service: String = service;
             let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
             self.0.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
@@ -52,14 +53,25 @@ async fn one_trace_leads_from_the_client_to_both_ranks() {
     let server = Server::builder().add_service(TraceServiceServer::new(receiver.clone()));
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
 
-    let mut cluster = tokio::task::spawn_blocking(move || Cluster::start(&["-tp", "2", "--otlp-traces-endpoint", &endpoint]))
-        .await
-        .unwrap();
+    let mut cluster =
+        tokio::task::spawn_blocking(move || Cluster::start(&["-tp", "2", "--otlp-traces-endpoint", &endpoint]))
+            .await
+            .unwrap();
     let header = format!("traceparent: 00-{TRACE_ID}-00f067aa0ba902b7-01");
-    let body = format!(r#"{{"messages": [{{"role": "user", "content": "Tell me about {MARKER}."}}], "max_tokens": 20}}"#);
+    let body =
+        format!(r#"{{"messages": [{{"role": "user", "content": "Tell me about {MARKER}."}}], "max_tokens": 20}}"#);
     let url = format!("{}/v1/chat/completions", cluster.url);
     let (code, answer, _) = tokio::task::spawn_blocking(move || {
-        output_of(Command::new("curl").args(["-sf", &url, "-H", "Content-Type: application/json", "-H", &header, "-d", &body]))
+        output_of(Command::new("curl").args([
+            "-sf",
+            &url,
+            "-H",
+            "Content-Type: application/json",
+            "-H",
+            &header,
+            "-d",
+            &body,
+        ]))
     })
     .await
     .unwrap();
@@ -72,7 +84,8 @@ async fn one_trace_leads_from_the_client_to_both_ranks() {
         let spans = receiver.0.lock().unwrap().clone();
         let ours: Vec<_> = spans.iter().filter(|(_, span)| hex(&span.trace_id) == TRACE_ID).collect();
         let ranks = ours.iter().filter(|(service, _)| service.contains("worker")).count();
-        let through = ["gateway", "coordinator"].iter().all(|role| ours.iter().any(|(service, _)| service.contains(role)));
+        let through =
+            ["gateway", "coordinator"].iter().all(|role| ours.iter().any(|(service, _)| service.contains(role)));
         if ranks >= 2 && through {
             assert_spans(&ours);
             let text = format!("{spans:?}").to_lowercase();
@@ -93,7 +106,9 @@ fn assert_spans(spans: &[&(String, Span)]) {
     let (_, chat) = spans.iter().find(|(service, _)| service.contains("gateway")).unwrap();
     assert_eq!(chat.name, "chat nano");
     let keys: Vec<_> = chat.attributes.iter().map(|kv| kv.key.as_str()).collect();
-    for key in ["gen_ai.operation.name", "gen_ai.request.model", "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"] {
+    for key in
+        ["gen_ai.operation.name", "gen_ai.request.model", "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"]
+    {
         assert!(keys.contains(&key), "{key} is missing among {keys:?}");
     }
 }

@@ -61,11 +61,7 @@ fn coordinator_config(args: &CoordinatorArgs) -> Result<phalanx_coordinator::Con
         drain_grace: Duration::from_secs(args.shutdown_timeout),
         ..Default::default()
     };
-    Ok(phalanx_coordinator::Config {
-        deployments: vec![deployment],
-        state_dir: scheduler.state_dir.clone(),
-        limits,
-    })
+    Ok(phalanx_coordinator::Config { deployments: vec![deployment], state_dir: scheduler.state_dir.clone(), limits })
 }
 
 /// Runs a worker until it is told to stop.

@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use phalanx_proto::{geometry::Geometry, layout::{Layout, Parallelism}};
+use phalanx_proto::{
+    geometry::Geometry,
+    layout::{Layout, Parallelism},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,

@@ -188,21 +188,25 @@ impl<'a> Bench<'a> {
         // Once through everything, so that no page is touched for the first time while the clock runs.
         self.level(1, 0)?;
         let sizes = self.args.concurrency.clone();
-        sizes.iter().enumerate().map(|(index, &streams)| {
-            let (prefill, decode) = self.level(streams.max(1), index as u64 + 1)?;
-            let execute = decode.execute_us as f64 / 1e6;
-            let weights = decode.weight_bytes as f64 / decode.seconds;
-            Ok(Level {
-                concurrency: streams,
-                prefill_tokens_per_second: (streams * self.args.input_len) as f64 / prefill.seconds,
-                decode_tokens_per_second: decode.tokens as f64 / decode.seconds,
-                decode_step_ms: decode.seconds * 1e3 / decode.steps.max(1) as f64,
-                decode_weight_gb_per_second: weights / GB,
-                bandwidth_share: weights / bandwidth,
-                overhead_share: (1.0 - execute / decode.seconds).max(0.0),
-                collective_share: decode.collective_us as f64 / 1e6 / decode.seconds,
+        sizes
+            .iter()
+            .enumerate()
+            .map(|(index, &streams)| {
+                let (prefill, decode) = self.level(streams.max(1), index as u64 + 1)?;
+                let execute = decode.execute_us as f64 / 1e6;
+                let weights = decode.weight_bytes as f64 / decode.seconds;
+                Ok(Level {
+                    concurrency: streams,
+                    prefill_tokens_per_second: (streams * self.args.input_len) as f64 / prefill.seconds,
+                    decode_tokens_per_second: decode.tokens as f64 / decode.seconds,
+                    decode_step_ms: decode.seconds * 1e3 / decode.steps.max(1) as f64,
+                    decode_weight_gb_per_second: weights / GB,
+                    bandwidth_share: weights / bandwidth,
+                    overhead_share: (1.0 - execute / decode.seconds).max(0.0),
+                    collective_share: decode.collective_us as f64 / 1e6 / decode.seconds,
+                })
             })
-        }).collect()
+            .collect()
     }
 
     /// Runs `streams` requests to their end: until each has its first token, and from then on.

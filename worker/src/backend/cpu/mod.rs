@@ -26,18 +26,18 @@ mod simd;
 
 use phalanx_proto::ids::TokenId;
 
-pub use self::{
-    bandwidth::measure_read_bandwidth,
-    experts::{Experts, Routing},
-    linear::{Embedding, Linear},
-    simd::Isa,
-};
 use self::{
     attention::Attention,
     experts::Scratch,
     kv_cache::{KvCache, refused},
     rotary::Rotary,
     simd::{Level, pool::Pool},
+};
+pub use self::{
+    bandwidth::measure_read_bandwidth,
+    experts::{Experts, Routing},
+    linear::{Embedding, Linear},
+    simd::Isa,
 };
 use super::{Arithmetic, AttentionSite, Backend, BackendError, Batch, DenseMatrix, ExpertsData, KvCacheSpec, Qkv};
 
