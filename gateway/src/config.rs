@@ -121,6 +121,8 @@ pub struct Config {
     pub reasoning_field: ReasoningField,
     /// Named settings.
     pub profiles: Profiles,
+    /// Seed of requests that name none. Absent: each draws its own.
+    pub seed: Option<i64>,
     /// Whether metrics are also given under vLLM's names.
     pub vllm_metrics: bool,
     /// Largest sizes and counts.
@@ -139,6 +141,7 @@ impl Config {
             current_date: CurrentDate::default(),
             reasoning_field: ReasoningField::default(),
             profiles: Profiles::default(),
+            seed: None,
             vllm_metrics: true,
             limits: Limits::default(),
             timeouts: Timeouts::default(),

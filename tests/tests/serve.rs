@@ -45,6 +45,15 @@ fn the_printed_curl_answers_with_paris_also_streamed_and_in_korean() {
 }
 
 #[test]
+fn a_seed_for_all_makes_sampling_repeatable() {
+    let cluster = Cluster::start(&["--seed", "7"]);
+    let body = json!({"prompt": [3059, 304, 3061, 779], "max_tokens": 24, "temperature": 1.5, "ignore_eos": true});
+    let sample = || post(&format!("{}/v1/completions", cluster.url), &body)["choices"][0]["text"].clone();
+    let first = sample();
+    assert!(first.as_str().is_some_and(|text| !text.is_empty()) && first == sample(), "{first}");
+}
+
+#[test]
 fn children_are_named_by_role_and_rank_and_all_end_with_the_cluster() {
     let mut cluster = Cluster::start(&["-tp", "2"]);
     let children = [" coordinator ", " gateway ", "--rank=0", "--rank=1"].map(|role| cluster.children(role));
@@ -93,6 +102,10 @@ fn what_cannot_run_is_refused_in_a_clear_line() {
     assert!(line.contains("[1, 2, 4]"), "the sizes that fit are named: {line}");
     let line = refused(&["serve", "--backend", "cuda", "--port", "0"]);
     assert!(line.contains("cuda"), "{line}");
+    let line = refused(&["serve", "--load-format", "dummy", "--port", "0"]);
+    assert!(line.contains("--load-format"), "{line}");
+    let line = refused(&["serve", "--data-parallel-size", "2", "--port", "0"]);
+    assert!(line.contains("--data-parallel-size 2"), "{line}");
     let line = refused(&["serve", "no-such-model", "--port", "0"]);
     assert!(line.contains("no-such-model") && line.contains("--model-dir"), "{line}");
     let line = refused(&["serve", "--host", "0.0.0.0", "--port", "0"]);

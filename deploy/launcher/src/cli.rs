@@ -161,6 +161,15 @@ pub(crate) struct SchedulerArgs {
     pub state_dir: Option<PathBuf>,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadFormat {
+    /// The checkpoint.
+    Auto,
+    /// Made up, to measure speed without a checkpoint.
+    Dummy,
+}
+
 /// What a worker computes with.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
@@ -193,6 +202,9 @@ pub(crate) struct HttpArgs {
     /// Name of the field with the model's reasoning.
     #[arg(long, value_enum, default_value = "both", env = "PHALANX_REASONING_FIELD")]
     pub reasoning_field: ReasoningField,
+    /// Seed of requests that name none; equal requests then get equal answers. Default: each draws its own.
+    #[arg(long, env = "PHALANX_SEED", allow_negative_numbers = true)]
+    pub seed: Option<i64>,
     /// YAML file: flags by their long names, and `profiles`.
     #[arg(long, env = "PHALANX_CONFIG")]
     pub config: Option<PathBuf>,
@@ -250,6 +262,12 @@ pub(crate) struct ServeArgs {
     pub telemetry: TelemetryArgs,
     #[command(flatten)]
     pub foreign: ForeignArgs,
+    /// Where weights come from; this version reads checkpoints only.
+    #[arg(long, value_enum, default_value = "auto", env = "PHALANX_LOAD_FORMAT")]
+    pub load_format: LoadFormat,
+    /// Equal groups that share the load; this version serves one.
+    #[arg(long, default_value = "1", env = "PHALANX_DATA_PARALLEL_SIZE")]
+    pub data_parallel_size: usize,
     /// Port of the coordinator's gRPC door on loopback; 0 takes a free one.
     #[arg(long, default_value = "0", env = "PHALANX_GRPC_PORT")]
     pub grpc_port: u16,

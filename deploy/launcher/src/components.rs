@@ -119,6 +119,7 @@ fn gateway_config(args: &GatewayArgs) -> Result<phalanx_gateway::Config> {
     config.served_names = models::served_names(&model_dir, &args.model.served_model_name);
     config.current_date = args.http.current_date.parse().context("--current-date")?;
     config.reasoning_field = args.http.reasoning_field.name().parse()?;
+    config.seed = args.http.seed;
     config.timeouts.drain = Duration::from_secs(args.http.shutdown_timeout);
     if let Some(file) = args.http.config.as_ref().or(args.http.profiles.as_ref()) {
         config.profiles = config_file::profiles(file)?;

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::{
     EXIT_REFUSED,
-    cli::{Backend, ServeArgs},
+    cli::{Backend, LoadFormat, ServeArgs},
     models, progress,
     supervisor::{ChildEvent, ChildSpec, Supervised},
     telemetry,
@@ -161,6 +161,15 @@ impl Setup {
         let parallelism = parallelism(args.scheduler.enable_expert_parallel);
         Layout::new(&geometry, world_size, parallelism).context("--tensor-parallel-size")?;
         ensure!(args.device.backend != Backend::Cuda, crate::components::CUDA_MISSING);
+        ensure!(
+            args.load_format == LoadFormat::Auto,
+            "--load-format dummy: this version reads checkpoints only; tests/tools/make_checkpoint.py makes a synthetic one"
+        );
+        ensure!(
+            args.data_parallel_size == 1,
+            "--data-parallel-size {}: this version serves one group; start several clusters behind a balancer instead",
+            args.data_parallel_size
+        );
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = args.device.threads.unwrap_or((cores / world_size).max(1));
         let names = models::served_names(&directory, &args.model.served_model_name);
@@ -216,6 +225,7 @@ impl Setup {
         args.push(format!("--host={}", http.host));
         args.push(format!("--current-date={}", http.current_date));
         args.push(format!("--reasoning-field={}", http.reasoning_field.name()));
+        args.extend(http.seed.map(|seed| format!("--seed={seed}")));
         args.push(format!("--shutdown-timeout={}", http.shutdown_timeout));
         args.extend(http.config.as_ref().map(|file| format!("--profiles={}", file.display())));
         args.extend(http.insecure_bind.then(|| "--insecure-bind".into()));

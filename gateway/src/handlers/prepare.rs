@@ -65,7 +65,8 @@ impl Prepared {
         profile.fill(&mut params.sampling);
         params.priority = params.priority.or(profile.priority);
         let model = params.model.clone().or(profile.model);
-        let seed = params.sampling.seed.map_or_else(|| Uuid::new_v4().as_u64_pair().0, i64::cast_unsigned);
+        let seed = params.sampling.seed.or(app.config.seed);
+        let seed = seed.map_or_else(|| Uuid::new_v4().as_u64_pair().0, i64::cast_unsigned);
         Ok(Self {
             served: app.model(model.as_deref())?,
             id: format!("{id_prefix}-{}", Uuid::new_v4().simple()),
