@@ -9,7 +9,7 @@
 //! | [`serve`], [`supervisor`], [`progress`] | the cluster as child processes |
 //! | [`components`] | one coordinator, worker or gateway |
 //! | [`telemetry`] | logs and traces |
-//! | [`plan`], [`bench`], [`chat`], [`harmony`] | the tools |
+//! | [`plan`], [`bench`](mod@bench), [`chat`], [`harmony`] | the tools |
 
 mod bench;
 mod chat;
