@@ -124,15 +124,17 @@ impl Case {
         out
     }
 
-    /// A head's vector, turned to its position in f64.
+    /// A head's vector, turned to its position, in f64.
     fn turned(&self, values: &[f32], position: usize) -> Vec<f64> {
         let half = values.len() / 2;
         let mut turned = vec![0.0; values.len()];
-        for (i, frequency) in self.arithmetic.inverse_frequencies.iter().enumerate() {
-            let (sin, cos) = (position as f64 * frequency).sin_cos();
+        for i in 0..half {
+            // The table is part of the model; the turn itself is what is tested.
+            let (cos, sin) = self.arithmetic.rotation(position as u32, i);
+            let (cos, sin) = (f64::from(cos), f64::from(sin));
             let (a, b) = (f64::from(values[i]), f64::from(values[i + half]));
-            turned[i] = (a * cos - b * sin) * self.arithmetic.rotary_scale;
-            turned[i + half] = (b * cos + a * sin) * self.arithmetic.rotary_scale;
+            turned[i] = a * cos - b * sin;
+            turned[i + half] = b * cos + a * sin;
         }
         turned
     }
@@ -159,7 +161,7 @@ impl Case {
                     let logit: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
                     weights.push((logit / (dim as f64).sqrt()).exp());
                     // A chain of half the dimensions; the turns round three times each (against a size that the turn
-                    // itself may shrink, hence the 4), the table, the factor and the last sum once.
+                    // itself may shrink, hence the 4), the factor and the last sum once.
                     logit_error =
                         logit_error.max((dim as f64 / 2.0 + 4.0 * 8.0 + 4.0) * EPS * size / (dim as f64).sqrt());
                 }

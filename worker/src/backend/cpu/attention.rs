@@ -121,8 +121,8 @@ impl Kernel for Task<'_> {
         let table = self.sequence.table(self.attention.kind);
         for start in tiles.clone().step_by(SPAN) {
             let span = start..(start + SPAN).min(tiles.end);
-            for queries in queries.chunks_mut(REGISTER_ROWS) {
-                self.meet_span(s, queries, span.clone(), table);
+            for (index, queries) in queries.chunks_mut(REGISTER_ROWS).enumerate() {
+                self.meet_span(s, (queries, index == 0), span.clone(), table);
             }
         }
         let heads = self.heads.len();
@@ -159,32 +159,38 @@ impl<'a> Task<'a> {
 
     /// Up to [`REGISTER_ROWS`] queries meet the tiles of a span that any of them sees.
     #[inline(always)]
-    fn meet_span<S: Simd>(&self, s: S, queries: &mut [Query<'_>], span: Range<usize>, table: &[BlockId]) {
+    fn meet_span<S: Simd>(
+        &self,
+        s: S,
+        (queries, leads): (&mut [Query<'_>], bool),
+        span: Range<usize>,
+        table: &[BlockId],
+    ) {
         let shape = self.view.shape;
         let (Some(first), Some(last)) = (queries.first(), queries.last()) else { return };
         let start = span.start.max(shape.tile_of(first.visible.start));
-        let end = span.end.min(shape.tile_of(last.visible.end - 1) + 1);
-        for tile in start..end {
-            let positions = shape.positions(tile);
-            let (keys, values) = self.view.tile(table, tile, self.kv_head);
-            let tile = Tile { keys, values, lanes: 0..LANES };
-            let whole = |query: &Query<'_>| {
-                positions.len() == LANES && query.visible.start <= positions.start && positions.end <= query.visible.end
+        let beyond = shape.tile_of(last.visible.end - 1) + 1;
+        let end = span.end.min(beyond);
+        for index in start..end {
+            let positions = shape.positions(index);
+            let (keys, values) = self.view.tile(table, index, self.kv_head);
+            // The first queries of a span fetch its tiles for all.
+            let next = if leads && index + 1 < beyond {
+                self.view.tile(table, index + 1, self.kv_head)
+            } else {
+                (&[][..], &[][..])
             };
-            if queries.iter().all(whole) {
-                match queries.len() {
-                    1 => meet::<S, 1>(s, &tile, queries),
-                    2 => meet::<S, 2>(s, &tile, queries),
-                    3 => meet::<S, 3>(s, &tile, queries),
-                    _ => meet::<S, REGISTER_ROWS>(s, &tile, queries),
-                }
+            let lanes = |query: &Query<'_>| {
+                let first = query.visible.start.max(positions.start);
+                first - positions.start..query.visible.end.min(positions.end).max(first) - positions.start
+            };
+            let tile = |lanes| Tile { keys, values, next, lanes };
+            let shared = lanes(&queries[0]);
+            if queries.iter().all(|query| lanes(query) == shared) {
+                meet_all(s, &tile(shared), queries);
             } else {
                 for query in queries.chunks_mut(1) {
-                    let seen = query[0].visible.start.max(positions.start)..query[0].visible.end.min(positions.end);
-                    if !seen.is_empty() {
-                        let lanes = seen.start - positions.start..seen.end - positions.start;
-                        meet::<S, 1>(s, &Tile { keys, values, lanes }, query);
-                    }
+                    meet_all(s, &tile(lanes(&query[0])), query);
                 }
             }
         }
@@ -195,7 +201,30 @@ impl<'a> Task<'a> {
 struct Tile<'a> {
     keys: &'a [[f32; LANES]],
     values: &'a [[f32; LANES]],
+    /// Keys and values of the tile that comes next, to be prefetched; empty where another query has done so.
+    next: (&'a [[f32; LANES]], &'a [[f32; LANES]]),
     lanes: Range<usize>,
+}
+
+/// Up to [`REGISTER_ROWS`] queries, which see the same lanes, meet a tile.
+#[inline(always)]
+fn meet_all<S: Simd>(s: S, tile: &Tile<'_>, queries: &mut [Query<'_>]) {
+    if tile.lanes == (0..LANES) {
+        // Compiled with the bounds as constants, which is twice as fast.
+        meet_some(s, &Tile { lanes: 0..LANES, ..*tile }, queries);
+    } else if !tile.lanes.is_empty() {
+        meet_some(s, tile, queries);
+    }
+}
+
+#[inline(always)]
+fn meet_some<S: Simd>(s: S, tile: &Tile<'_>, queries: &mut [Query<'_>]) {
+    match queries.len() {
+        1 => meet::<S, 1>(s, tile, queries),
+        2 => meet::<S, 2>(s, tile, queries),
+        3 => meet::<S, 3>(s, tile, queries),
+        _ => meet::<S, REGISTER_ROWS>(s, tile, queries),
+    }
 }
 
 /// Some queries meet a tile.
@@ -205,6 +234,10 @@ fn meet<S: Simd, const ROWS: usize>(s: S, tile: &Tile<'_>, queries: &mut [Query<
     let mut chains = [[s.splat(0.0); 2]; ROWS];
     let (lines, _) = tile.keys.as_chunks::<2>();
     for (pair, lines) in lines.iter().enumerate() {
+        // Tiles lie where their blocks do, so the hardware cannot guess the next one.
+        for line in tile.next.0.iter().skip(2 * pair).take(2) {
+            s.prefetch(line, 0);
+        }
         let keys = [s.load(&lines[0]), s.load(&lines[1])];
         for row in 0..ROWS {
             let query = &queries[row].values[2 * pair..2 * pair + 2];
@@ -225,6 +258,9 @@ fn meet<S: Simd, const ROWS: usize>(s: S, tile: &Tile<'_>, queries: &mut [Query<
             sums[row] = s.load(&queries[row].out[line]);
         }
         for lane in tile.lanes.clone() {
+            if let Some(line) = tile.next.1.get(lane * lines + line) {
+                s.prefetch(line, 0);
+            }
             let value = s.load(&tile.values[lane * lines + line]);
             for row in 0..ROWS {
                 sums[row] = s.fma(s.splat(weights[row][lane]), value, sums[row]);

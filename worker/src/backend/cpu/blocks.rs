@@ -5,7 +5,7 @@ use super::{
     simd::{LANES, Simd},
 };
 
-/// Distance at which weights are prefetched, in bytes: far enough for memory, and little enough for the nearest cache.
+/// Distance at which weights are prefetched, in bytes: what a thread reads in twice the time that memory takes to answer.
 const AHEAD: usize = 4096;
 
 /// Two neighbouring columns of a group.
@@ -18,6 +18,9 @@ pub(super) trait Block: Copy {
     /// Whether prefetching pays even with a single row. Dense weights then stream faster than hints can lead: they would
     /// only take the line buffers from the hardware's own prefetcher.
     const PREFETCH_FOR_ONE_ROW: bool;
+    /// Rows up to which taking one group after the other is faster even where registers are many: as long as decoding
+    /// costs more than multiplying.
+    const GROUP_BY_GROUP_ROWS: usize;
     /// Asks for the weights that lie [`AHEAD`] bytes after an octet. Called octet by octet: asking for much at once
     /// stalls the loads behind it.
     fn prefetch<S: Simd>(self, s: S, octet: usize);
@@ -37,6 +40,7 @@ pub(super) trait Blocks: Copy {
 
 impl Block for &F32Block {
     const PREFETCH_FOR_ONE_ROW: bool = false;
+    const GROUP_BY_GROUP_ROWS: usize = 0;
 
     #[inline(always)]
     fn prefetch<S: Simd>(self, s: S, octet: usize) {
@@ -60,6 +64,7 @@ impl Block for &F32Block {
 
 impl Block for &Bf16Block {
     const PREFETCH_FOR_ONE_ROW: bool = false;
+    const GROUP_BY_GROUP_ROWS: usize = 0;
 
     #[inline(always)]
     fn prefetch<S: Simd>(self, s: S, octet: usize) {
@@ -92,6 +97,7 @@ pub(super) struct Mxfp4Block<'a> {
 
 impl Block for Mxfp4Block<'_> {
     const PREFETCH_FOR_ONE_ROW: bool = true;
+    const GROUP_BY_GROUP_ROWS: usize = 3;
 
     #[inline(always)]
     fn prefetch<S: Simd>(self, s: S, octet: usize) {
@@ -128,6 +134,7 @@ pub(super) struct DecodedBlock<'a> {
 
 impl Block for DecodedBlock<'_> {
     const PREFETCH_FOR_ONE_ROW: bool = false;
+    const GROUP_BY_GROUP_ROWS: usize = 0;
 
     #[inline(always)]
     fn prefetch<S: Simd>(self, _s: S, _octet: usize) {}

@@ -192,7 +192,7 @@ fn accumulate<S: Simd, B: Blocks, const ROWS: usize>(s: S, blocks: B, values: &[
     for (index, values) in values.iter().enumerate().take(blocks.len()) {
         let block = blocks.block(index);
         // Both groups at once, so that a value is broadcast once; one after the other where registers are few.
-        if S::MANY_REGISTERS {
+        if S::MANY_REGISTERS && ROWS > B::Block::GROUP_BY_GROUP_ROWS {
             accumulate_block::<S, _, ROWS, GROUPS>(s, (block, 0), values, sums);
         } else {
             for group in 0..GROUPS {

@@ -182,6 +182,6 @@ impl Simd for Avx512 {
     fn prefetch<T>(self, from: &T, bytes: usize) {
         let line = std::ptr::from_ref(from).cast::<i8>().wrapping_add(bytes);
         // SAFETY: a prefetch never faults, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line) }
     }
 }

@@ -169,7 +169,8 @@ pub(crate) trait Simd: Copy {
     /// The FP4 value of each lane's lowest nibble; other bits do not matter.
     fn fp4(self, nibbles: Self::Bits) -> Self::Float;
 
-    /// Asks for the cache line that lies `bytes` after `from`. A hint; the line need not exist.
+    /// Asks for the cache line that lies `bytes` after `from`. A hint; the line need not exist. Into the second-level
+    /// cache: the few line buffers of the first would be held for as long as memory takes.
     fn prefetch<T>(self, from: &T, bytes: usize);
 }
 

@@ -1,6 +1,7 @@
 //! Threads that run the tasks of one call together: fork, claim, join.
 //!
-//! Tasks are claimed one by one, so a slow thread delays nobody; which thread runs a task never changes a result.
+//! Each thread first runs tasks of its own stretch, in order, so that neighbouring tasks read on where the last one ended;
+//! then it helps the others with theirs. A slow thread delays nobody, and which thread runs a task never changes a result.
 //! Idle threads spin for some microseconds, the time between two operations of a step, and then sleep.
 
 use std::{
@@ -48,9 +49,14 @@ struct Shared {
     opened: AtomicU64,
     /// Workers inside the job; written under the lock, watched without.
     active: AtomicUsize,
-    /// The next task to claim.
-    next: AtomicUsize,
+    /// The next task to claim of each thread's stretch; the caller's is the first.
+    next: Vec<Claim>,
 }
+
+/// A counter with a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Claim(AtomicUsize);
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -58,13 +64,22 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, job: Job) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= job.tasks {
-                return;
+    /// Where a thread's stretch of the tasks begins.
+    fn stretch(&self, thread: usize, tasks: usize) -> usize {
+        tasks * thread / self.next.len()
+    }
+
+    fn work(&self, job: Job, thread: usize) {
+        for offset in 0..self.next.len() {
+            let owner = (thread + offset) % self.next.len();
+            let end = self.stretch(owner + 1, job.tasks);
+            loop {
+                let index = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                (job.task)(index);
             }
-            (job.task)(index);
         }
     }
 
@@ -86,7 +101,7 @@ impl Shared {
         (!state.closing).then(|| self.opened.load(Ordering::Acquire))
     }
 
-    fn worker(&self) {
+    fn worker(&self, thread: usize) {
         let mut seen = 0;
         while let Some(opened) = self.next_job(seen) {
             seen = opened;
@@ -96,7 +111,7 @@ impl Shared {
                 self.active.fetch_add(1, Ordering::Relaxed);
                 job
             };
-            let result = catch_unwind(AssertUnwindSafe(|| self.work(job)));
+            let result = catch_unwind(AssertUnwindSafe(|| self.work(job, thread)));
             let mut state = self.lock();
             if let Err(panic) = result {
                 state.panic = Some(panic);
@@ -138,16 +153,23 @@ pub(crate) struct Pool {
 impl Pool {
     /// The caller's thread only.
     pub(crate) fn alone() -> Self {
-        Self { shared: Arc::default(), workers: Vec::new() }
+        Self::of(1)
+    }
+
+    /// A pool with room for `threads`, of which none runs yet.
+    fn of(threads: usize) -> Self {
+        let next = (0..threads).map(|_| Claim::default()).collect();
+        Self { shared: Arc::new(Shared { next, ..Shared::default() }), workers: Vec::new() }
     }
 
     /// A pool of `threads`, the caller's own included.
     pub(crate) fn new(threads: usize) -> Result<Self, BackendError> {
-        let mut pool = Self::alone();
-        for index in 1..threads.max(1) {
+        let threads = threads.max(1);
+        let mut pool = Self::of(threads);
+        for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let worker =
-                std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || shared.worker()).map_err(
+                std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || shared.worker(index)).map_err(
                     |error| BackendError::Unsupported(format!("thread {index} of {threads} does not start: {error}")),
                 )?;
             pool.workers.push(worker);
@@ -170,7 +192,7 @@ impl Pool {
         let task = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { task, tasks };
         let open = self.open(job);
-        self.shared.work(job);
+        self.shared.work(job, 0);
         drop(open);
         let panic = self.shared.lock().panic.take();
         if let Some(panic) = panic {
@@ -180,7 +202,9 @@ impl Pool {
 
     fn open(&self, job: Job) -> Open<'_> {
         // No worker is inside a job now, so nobody else claims.
-        self.shared.next.store(0, Ordering::Relaxed);
+        for (thread, next) in self.shared.next.iter().enumerate() {
+            next.0.store(self.shared.stretch(thread, job.tasks), Ordering::Relaxed);
+        }
         let mut state = self.shared.lock();
         state.job = Some(job);
         // A call whose own task panicked may have left a worker's panic behind.
