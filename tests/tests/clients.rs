@@ -22,7 +22,7 @@ fn the_official_openai_client_is_served() {
 
 #[test]
 fn a_grpc_client_that_knows_only_the_address_generates_and_aborts() {
-    // Asked for and given back at once: the port is free but for a race that no test host has shown.
+    // Asked for and given back at once; another process could take the port in between.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let _cluster = Cluster::start(&["-tp", "2", "--grpc-port", &port]);
     script("grpc_client.py", &[&format!("127.0.0.1:{port}"), "3059,304,3061,779,510"]);
