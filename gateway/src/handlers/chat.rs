@@ -3,15 +3,13 @@
 use std::sync::Arc;
 
 use axum::{Extension, body::Body, extract::State, response::Response};
-use futures::future::try_join_all;
 use http::Request;
 use uuid::Uuid;
 
 use super::{
     chat_wire::ChatDialect,
     deliver::{self, Frame},
-    faults::api_error,
-    prepare::{Ask, Prepared},
+    prepare::{Ask, Prepared, start_all},
     replies::{Choice, Replies},
 };
 use crate::{
@@ -29,7 +27,6 @@ use crate::{
         tools::ToolChoice,
     },
     stream::{ChatAssembler, ChatSettings},
-    upstream::Generation,
 };
 
 /// What the endpoint calls its prompt.
@@ -50,14 +47,11 @@ pub(crate) async fn create(
     let count = prepared.params.n;
     let mut meter = prepared.meter(&app, &identity, "chat", count as usize);
     let stops = app.harmony.stop_ids();
-    let starts = (0..count).map(|index| {
+    let requests = (0..count).map(|index| {
         let ask = Ask { index, choice: index, max_tokens, logprobs: chat.logprobs, prompt_logprobs: None };
-        let request = prepared.request(turn.prompt.clone(), &stops, ask);
-        Generation::start(Arc::clone(&app.upstream), request, meter.span().clone())
+        prepared.request(turn.prompt.clone(), &stops, ask)
     });
-    let generations = try_join_all(starts).await;
-    let generations =
-        generations.map_err(|fault| api_error(&fault, &identity.id, PROMPT)).inspect_err(|error| meter.fail(error))?;
+    let generations = start_all(&app, requests, &mut meter, (&identity.id, PROMPT)).await?;
     let choices = generations.into_iter().zip(0..).map(|(generation, index)| Choice {
         generation,
         assembler: ChatAssembler::new(app.harmony.clone(), turn.settings(&chat, &prepared, index)),

@@ -3,13 +3,11 @@
 use std::sync::Arc;
 
 use axum::{Extension, body::Body, extract::State, response::Response};
-use futures::future::try_join_all;
 use http::Request;
 
 use super::{
     deliver::{self, Dialect, End, Frame},
-    faults::api_error,
-    prepare::{Ask, Prepared},
+    prepare::{Ask, Prepared, start_all},
     replies::{Choice, Replies},
 };
 use crate::{
@@ -22,7 +20,6 @@ use crate::{
         reply::{FinishReason, TextChoice, TextLogprobs},
     },
     stream::{TextAssembler, TextPiece, TextSettings},
-    upstream::Generation,
 };
 
 /// What the endpoint calls its prompt.
@@ -42,13 +39,8 @@ pub(crate) async fn create(
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u64).sum();
     let plan = plan(&prepared, &asked, &prompts)?;
     let mut meter = prepared.meter(&app, &identity, "text_completion", plan.len());
-    let starts = plan.iter().map(|(prompt, ask)| {
-        let request = prepared.request(prompt.ids.clone(), &[], *ask);
-        Generation::start(Arc::clone(&app.upstream), request, meter.span().clone())
-    });
-    let generations = try_join_all(starts).await;
-    let generations =
-        generations.map_err(|fault| api_error(&fault, &identity.id, PROMPT)).inspect_err(|error| meter.fail(error))?;
+    let requests = plan.iter().map(|(prompt, ask)| prepared.request(prompt.ids.clone(), &[], *ask));
+    let generations = start_all(&app, requests, &mut meter, (&identity.id, PROMPT)).await?;
     let choices = generations.into_iter().zip(&plan).map(|(generation, (prompt, ask))| Choice {
         generation,
         assembler: TextAssembler::new(Arc::clone(app.harmony.tokenizer()), settings(&app, &prepared, &asked, prompt)),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures::future::try_join_all;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use phalanx_proto::{
     trace,
@@ -9,6 +10,7 @@ use phalanx_proto::{
 };
 use uuid::Uuid;
 
+use super::faults::api_error;
 use crate::{
     app::{App, Served},
     frame::Identity,
@@ -16,6 +18,7 @@ use crate::{
     meter::{Meter, request_span},
     openai::{error::ApiError, params::Params},
     profiles::ReasoningEffort,
+    upstream::Generation,
 };
 
 const PROFILE: HeaderName = HeaderName::from_static("x-phalanx-profile");
@@ -173,4 +176,20 @@ impl Prepared {
         }
         headers
     }
+}
+
+/// Submits every choice of an answer. `names` are the request's id and what its endpoint calls the prompt.
+///
+/// # Errors
+/// The first fault of any of them, after which none of the others goes on.
+pub(crate) async fn start_all(
+    app: &App,
+    requests: impl Iterator<Item = GenerateRequest>,
+    meter: &mut Meter,
+    (request_id, prompt): (&str, &str),
+) -> Result<Vec<Generation>, ApiError> {
+    let span = meter.span().clone();
+    let starts = requests.map(|request| Generation::start(Arc::clone(&app.upstream), request, span.clone()));
+    let started = try_join_all(starts).await;
+    started.map_err(|fault| api_error(&fault, request_id, prompt)).inspect_err(|error| meter.fail(error))
 }
