@@ -12,12 +12,14 @@
 //! | `queue` | who goes first |
 //! | `kv`, `blocks` | which block holds which positions; when a block may be taken again |
 //! | `prefix` | what was computed before and can be shared |
+//! | `alone` | whether one sequence runs apart from the others |
 //! | `integrity` | whether all of this adds up |
 //!
 //! The caller sends each plan to all ranks, in order, and calls [`Engine::apply`] with rank 0's result once *all* ranks
 //! have acknowledged the step. Up to `window` plans are in flight. A sequence that ends is retired by the next plan, and
 //! its blocks return when that plan has been acknowledged.
 
+mod alone;
 mod blocks;
 mod integrity;
 mod kv;
@@ -136,6 +138,8 @@ pub struct Engine {
     next_sequence: SequenceId,
     /// Plans in a row in which somebody prefilled while the oldest candidate could not.
     overtakes: u32,
+    /// Nobody else is put on the ranks while it lives.
+    alone: Option<SequenceId>,
     events: Vec<Event>,
     totals: Totals,
 }
@@ -161,6 +165,7 @@ impl Engine {
             next_step: Step(1),
             next_sequence: SequenceId(1),
             overtakes: 0,
+            alone: None,
             events: Vec::new(),
             totals: Totals::default(),
         })

@@ -27,7 +27,7 @@ use super::{
 const MAX_OVERTAKES: u32 = 8;
 
 /// A plan in the making.
-struct Draft {
+pub(super) struct Draft {
     plan: Plan,
     /// Tokens that still go in.
     budget: usize,
@@ -113,6 +113,9 @@ impl Engine {
     }
 
     fn plan_prefills(&mut self, draft: &mut Draft, now: Duration) {
+        if self.plan_alone(draft, now) {
+            return;
+        }
         let prefilling: Vec<Standing> =
             self.running.iter().copied().filter(|standing| self.is_prefilling(standing.sequence)).collect();
         let oldest = prefilling.iter().map(|standing| standing.sequence).chain(self.waiting.oldest()).min();
@@ -148,7 +151,7 @@ impl Engine {
 
     /// Gives a prefilling sequence as many positions as budget and blocks allow. If the blocks do not suffice, nobody can
     /// be admitted after it either: a newcomer needs a block of each pool.
-    fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) {
+    pub(super) fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let Some(run) = &sequence.run else { return };
         if draft.prefilled.contains(&id) {
@@ -169,7 +172,7 @@ impl Engine {
     }
 
     /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens. Returns whether.
-    fn admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
+    pub(super) fn admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
         if self.running.len() >= self.config.max_num_seqs {
             return false;
         }
