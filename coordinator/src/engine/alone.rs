@@ -7,19 +7,25 @@ use phalanx_proto::ids::SequenceId;
 use super::{Engine, scheduler::Draft};
 
 impl Engine {
-    /// Live sequences in plans whose results are awaited, each with the number of its output tokens.
-    pub fn sequences_in_flight(&self) -> Vec<(SequenceId, usize)> {
+    /// Live sequences in plans whose results are awaited, the oldest first.
+    pub fn sequences_in_flight(&self) -> Vec<SequenceId> {
         let slices = self.in_flight.iter().flat_map(|flight| &flight.slices);
         let mut ids: Vec<SequenceId> = slices.map(|slice| slice.sequence).collect();
         ids.sort_unstable();
         ids.dedup();
-        ids.into_iter().filter_map(|id| Some((id, self.sequences.get(&id)?.completion_tokens()))).collect()
+        ids.retain(|id| self.sequences.contains_key(id));
+        ids
     }
 
-    /// From now on nobody but this sequence is put on the ranks, until it ends or this is called with another one or
-    /// with nobody. Whoever runs already goes on: call it at the beginning of an epoch.
+    /// Lets nobody but this sequence run from the next plan on, until it ends or this is called again with another one or
+    /// with nobody. Everyone else waits meanwhile and loses nothing.
     pub fn run_alone(&mut self, sequence: Option<SequenceId>) {
         self.alone = sequence;
+        if sequence.is_some() {
+            while !self.running.is_empty() {
+                self.preempt_hindmost();
+            }
+        }
     }
 
     /// Plans the sequence that runs alone. False if there is none: then all are planned as usual.

@@ -85,7 +85,7 @@ impl Engine {
     }
 
     /// Sends the last running sequence back to the queue. What was sampled for it in plans in flight still counts.
-    fn preempt_hindmost(&mut self) {
+    pub(super) fn preempt_hindmost(&mut self) {
         let Some(standing) = self.running.pop() else { return };
         let Some(sequence) = self.sequences.get_mut(&standing.sequence) else { return };
         let Some(run) = sequence.run.take() else { return };
