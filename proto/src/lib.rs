@@ -10,6 +10,7 @@
 //! | [`sampling`] | sampling settings, valid by construction |
 //! | [`plan`] | one step's work, valid by construction, and its digest |
 //! | [`fault`] | kinds of fault and their gRPC form |
+//! | [`tls`] | roles, certificates and who may call what |
 //! | [`trace`] | W3C trace context through gRPC metadata |
 //!
 //! It knows no scheduler, no tensor arithmetic, no HTTP and no text.
@@ -21,6 +22,7 @@ pub mod ids;
 pub mod layout;
 pub mod plan;
 pub mod sampling;
+pub mod tls;
 pub mod trace;
 
 /// Messages and services generated from `proto/phalanx/v1/*.proto`.
