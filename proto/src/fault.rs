@@ -1,5 +1,7 @@
 //! What can go wrong between processes, as kinds that somebody branches on, and their gRPC form.
 
+use std::time::Duration;
+
 use thiserror::Error;
 use tonic::{Code, Status, metadata::MetadataValue};
 
@@ -92,22 +94,32 @@ pub struct Fault {
     pub message: String,
     /// Name of the request's field that is at fault, empty if none is.
     pub field: String,
+    /// When the same request is likely to be taken, if that is known. Travels in whole milliseconds.
+    pub retry_after: Option<Duration>,
 }
 
 impl Fault {
     /// A fault that no single field of a request caused.
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), field: String::new() }
+        Self { kind, message: message.into(), field: String::new(), retry_after: None }
     }
 
     /// A request's field out of range.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { kind: FaultKind::InvalidArgument, message: message.into(), field: field.into() }
+        Self { field: field.into(), ..Self::new(FaultKind::InvalidArgument, message) }
+    }
+
+    /// The same fault, with a time after which another attempt makes sense.
+    #[must_use]
+    pub fn retry_after(self, wait: Duration) -> Self {
+        Self { retry_after: Some(wait), ..self }
     }
 }
 
 /// Trailing metadata key that names the field at fault.
 const FIELD_METADATA: &str = "phalanx-field";
+/// Trailing metadata key of the time after which another attempt makes sense, in milliseconds.
+pub const RETRY_AFTER_METADATA: &str = "phalanx-retry-after-ms";
 
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
@@ -117,6 +129,10 @@ impl From<Fault> for Status {
             && !fault.field.is_empty()
         {
             status.metadata_mut().insert(FIELD_METADATA, field);
+        }
+        if let Some(wait) = fault.retry_after {
+            let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            status.metadata_mut().insert(RETRY_AFTER_METADATA, MetadataValue::from(wait_ms));
         }
         status
     }
@@ -137,6 +153,7 @@ impl From<&Status> for Fault {
             kind: text(FAULT_METADATA).and_then(FaultKind::from_name).unwrap_or_else(by_code),
             message: status.message().to_owned(),
             field: text(FIELD_METADATA).unwrap_or_default().to_owned(),
+            retry_after: text(RETRY_AFTER_METADATA).and_then(|wait| wait.parse().ok()).map(Duration::from_millis),
         }
     }
 }
@@ -148,9 +165,10 @@ mod tests {
     #[test]
     fn every_kind_survives_the_way_through_a_status() {
         for (kind, _, _) in TABLE {
-            let fault =
-                Fault { kind, message: "temperature is 3, expected 0 to 2".into(), field: "temperature".into() };
+            let fault = Fault { field: "temperature".into(), ..Fault::new(kind, "temperature is 3, expected 0 to 2") };
             assert_eq!(Fault::from(&Status::from(fault.clone())), fault);
+            let later = fault.retry_after(Duration::from_millis(1500));
+            assert_eq!(Fault::from(&Status::from(later.clone())), later);
         }
     }
 

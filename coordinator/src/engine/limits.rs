@@ -100,7 +100,7 @@ impl Engine {
         let cache = capacity.map_or(usize::MAX, |capacity| shape.most_positions(capacity).saturating_add(1));
         let wanted = prompt.saturating_add(request.max_tokens.unwrap_or(1));
         let too_long =
-            |text: String| Fault { kind: FaultKind::ContextLength, message: text, field: "max_tokens".into() };
+            |text: String| Fault { field: "max_tokens".into(), ..Fault::new(FaultKind::ContextLength, text) };
         if wanted > context {
             let output = wanted - prompt;
             let text = format!(

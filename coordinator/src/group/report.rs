@@ -66,6 +66,7 @@ pub(super) fn load(group: &Group) -> v1::DeploymentLoad {
         kv_blocks: fuller.1,
         totals: Some(totals(group, &stats.totals)),
         ranks: ranks(group),
+        ..Default::default()
     }
 }
 

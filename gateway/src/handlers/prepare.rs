@@ -127,6 +127,7 @@ impl Prepared {
             priority: self.params.priority.unwrap_or(0),
             cache_salt: self.params.cache_salt.clone(),
             resume: Vec::new(),
+            tenant: None,
         }
     }
 
