@@ -65,6 +65,10 @@ pub trait Collective: Send {
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
     /// Every rank's `mine`, by rank. Lengths may differ.
     fn all_gather(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
+    /// Fails if the group was aborted; waits for nobody. For work between two calls that takes long.
+    fn check_abort(&self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
     /// A handle that ends every blocked and future call from another thread.
     fn abort_handle(&self) -> AbortHandle;
 }

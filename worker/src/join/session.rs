@@ -9,7 +9,7 @@ use phalanx_proto::{
 use tokio::{
     sync::mpsc,
     task::{AbortHandle as TaskHandle, JoinError, JoinSet},
-    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -25,6 +25,9 @@ use crate::{
     executor::{Command, Event, Formation, Run, faults},
 };
 
+/// How often a worker says that it is alive. The coordinator misses several before it gives one up; this comes from
+/// beside the device's thread, so that a long step is not taken for a process that hangs.
+const PULSE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often loading is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a group may take to meet, from the first rank's `Form` on. A rank that is missing ends the epoch earlier,
@@ -101,8 +104,7 @@ impl<'a> Session<'a> {
     }
 
     async fn serve(&mut self, orders: &mut Streaming<v1::WorkerCommand>) -> Result<End, Fault> {
-        let mut tick = interval(PROGRESS_INTERVAL);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut progress, mut pulse) = (every(PROGRESS_INTERVAL), every(PULSE_INTERVAL));
         loop {
             // The device comes first, so that an epoch that has ended is not taken for one that hangs.
             tokio::select! {
@@ -120,7 +122,8 @@ impl<'a> Session<'a> {
                 },
                 Some(ended) = self.steps.join_next() => self.on_steps_ended(ended),
                 () = stuck(self.worker.ending) => return Err(self.give_up().await),
-                _ = tick.tick(), if self.worker.loading.is_some() => self.tell_progress().await,
+                _ = pulse.tick() => self.tell(News::Pulse(v1::Pulse {})).await,
+                _ = progress.tick(), if self.worker.loading.is_some() => self.tell_progress().await,
             }
         }
     }
@@ -137,13 +140,9 @@ impl<'a> Session<'a> {
 
     async fn tell_progress(&mut self) {
         let now = *self.worker.device.progress.borrow();
-        let event = if now == self.reported {
-            News::Pulse(v1::Pulse {})
-        } else {
-            News::Progress(v1::LoadProgress { loaded_bytes: now.loaded, total_bytes: now.total })
-        };
-        self.reported = now;
-        self.tell(event).await;
+        if std::mem::replace(&mut self.reported, now) != now {
+            self.tell(News::Progress(v1::LoadProgress { loaded_bytes: now.loaded, total_bytes: now.total })).await;
+        }
     }
 
     async fn obey(&mut self, order: Option<Order>) -> Result<(), Fault> {
@@ -336,6 +335,13 @@ fn refused(status: &Status) -> Result<End, Fault> {
         }
         _ => Ok(End::Refused(fault.message)),
     }
+}
+
+/// Ticks, for the first time after one interval; a tick that comes late puts off those after it.
+fn every(period: Duration) -> Interval {
+    let mut ticks = interval_at(Instant::now() + period, period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 /// Waits until an aborted epoch should have ended.

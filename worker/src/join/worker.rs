@@ -22,9 +22,10 @@ use crate::{
     vocabulary,
 };
 
-/// An aborted epoch must end within this time, or the process ends: a computation between two sums of the largest model
-/// on a slow processor takes a few seconds, anything longer hangs.
-const STUCK_AFTER: Duration = Duration::from_secs(30);
+/// An aborted epoch must end within this time, or the process ends and is started again: its weights are worth less than
+/// the time of everyone who waits for the group to form. A step notices an abort in its next sum, at most half a layer
+/// later.
+const STUCK_AFTER: Duration = Duration::from_secs(2);
 
 /// A shard in memory.
 #[derive(Clone, PartialEq)]

@@ -112,6 +112,8 @@ impl<B: Backend> Model<B> {
         }
         let mut x = self.backend.embed(&self.embedding, &batch.tokens)?;
         for layer in 0..self.layers.len() {
+            // A group of one has no sums that would notice.
+            collective.check_abort()?;
             let attended = self.attention(layer, &x, batch)?;
             self.add_sum(&mut x, attended, collective)?;
             let mixed = self.mixture(layer, &x)?;

@@ -135,12 +135,13 @@ impl Attachment {
         soon("an event", self.events.message()).await.ok().flatten().and_then(|event| event.event)
     }
 
-    /// The next event that is no sign of loading, and how many of those came before.
+    /// The next event that is no sign of life or loading, and how many of the latter came before.
     pub(crate) async fn news(&mut self) -> (Option<Event>, usize) {
         let mut signs = 0;
         loop {
             match self.next().await {
-                Some(Event::Progress(_) | Event::Pulse(_)) => signs += 1,
+                Some(Event::Progress(_)) => signs += 1,
+                Some(Event::Pulse(_)) => {}
                 event => return (event, signs),
             }
         }

@@ -141,10 +141,6 @@ impl HostCollective {
     pub fn link(&self) -> Link {
         self.link
     }
-
-    fn check_abort(&self) -> Result<(), CollectiveError> {
-        if self.stop.is_aborted() { Err(CollectiveError::Aborted { epoch: self.epoch }) } else { Ok(()) }
-    }
 }
 
 impl Collective for HostCollective {
@@ -154,6 +150,10 @@ impl Collective for HostCollective {
 
     fn world_size(&self) -> usize {
         self.transport.world_size()
+    }
+
+    fn check_abort(&self) -> Result<(), CollectiveError> {
+        if self.stop.is_aborted() { Err(CollectiveError::Aborted { epoch: self.epoch }) } else { Ok(()) }
     }
 
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
