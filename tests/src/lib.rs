@@ -3,6 +3,9 @@
 #![allow(clippy::panic, reason = "a panic is how a test fails")]
 
 pub mod cluster;
+pub mod hosts;
+pub mod parts;
+pub mod proxy;
 
 use std::path::{Path, PathBuf};
 
