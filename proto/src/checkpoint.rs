@@ -1,37 +1,33 @@
 //! Names, element types, shapes and byte ranges of a checkpoint's tensors, from its headers alone.
 //!
 //! Reads `config.json`, `model.safetensors.index.json` or `model.safetensors`, and each file's header. Never touches a
-//! tensor's bytes, so that a directory of files cut after the header can be planned for as well.
+//! tensor's bytes, so that a directory of files cut after the header can be planned for as well. A checkpoint may come
+//! from anywhere: nothing in it is believed before it is checked, and what is refused is named.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `directory` | which files are read, how far, and from where |
+//! | `header` | what a safetensors header may say |
+
+mod directory;
+mod header;
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    fs::File,
-    io::Read,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
-};
+use serde::Deserialize;
 use thiserror::Error;
 use xxhash_rust::xxh3::Xxh3;
 
+use self::directory::{INDEX_FILE, SINGLE_FILE};
+pub use self::directory::{WeightMap, parse_index};
 use crate::{
     geometry::{Geometry, GeometryError},
     ids::Rank,
     layout::{Layout, TensorKind, TensorSlice},
 };
-
-/// Says which file holds which tensor.
-const INDEX_FILE: &str = "model.safetensors.index.json";
-/// The file of a checkpoint without an index.
-const SINGLE_FILE: &str = "model.safetensors";
-/// Longest header that is read, in bytes (safetensors' own limit).
-const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Longest JSON file that is read beside the tensors, in bytes.
-const MAX_JSON_BYTES: u64 = 100_000_000;
 
 /// Why a checkpoint is refused. Every message names the file, and the tensor where there is one.
 #[derive(Debug, Error)]
@@ -52,6 +48,16 @@ pub enum CheckpointError {
         /// What is wrong with it.
         source: serde_json::Error,
     },
+    /// There are weights, but not as safetensors.
+    #[error(
+        "{path}: holds {found}; only safetensors checkpoints are read, since other formats can run code or lose names"
+    )]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// The first file with weights of another format.
+        found: String,
+    },
     /// The configuration cannot be served.
     #[error("{path}: {source}")]
     Geometry {
@@ -60,7 +66,7 @@ pub enum CheckpointError {
         /// What is wrong with it.
         source: GeometryError,
     },
-    /// A file's header breaks the format.
+    /// A file's place, header or content breaks the format.
     #[error("{path}: {problem}")]
     Header {
         /// The file.
@@ -152,6 +158,32 @@ pub struct CheckpointFile {
     pub path: PathBuf,
     /// Its length in bytes.
     pub len: u64,
+    /// One past the last byte of its last tensor.
+    pub data_end: u64,
+}
+
+/// What a checkpoint says about itself before its tensors begin: all that [`Checkpoint::open`] reads.
+#[derive(Clone, Debug, Default)]
+pub struct Headers {
+    /// Text of `config.json`.
+    pub config: String,
+    /// Text of `generation_config.json`, if there is one.
+    pub generation_config: Option<String>,
+    /// Which file holds which tensor, if there is an index.
+    pub weight_map: Option<WeightMap>,
+    /// One entry a file with tensors.
+    pub files: Vec<FileHeader>,
+}
+
+/// The header of one safetensors file.
+#[derive(Clone, Debug, Default)]
+pub struct FileHeader {
+    /// The file's name within the directory.
+    pub name: String,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Its header's JSON.
+    pub json: Vec<u8>,
 }
 
 /// A checkpoint directory, opened as far as its headers.
@@ -171,92 +203,50 @@ pub struct Checkpoint {
     pub digest: u64,
 }
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
-#[derive(Deserialize)]
-struct RawTensor {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    data_offsets: [u64; 2],
-}
-
-/// Members of a JSON object in their order. A map would keep the last of two with one name and hide the other.
-struct Members(Vec<(String, serde_json::Value)>);
-
-impl<'de> Deserialize<'de> for Members {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Members;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                let mut members = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    members.push(member);
-                }
-                Ok(Members(members))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum EosTokens {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-#[derive(Deserialize)]
-struct GenerationConfig {
-    eos_token_id: Option<EosTokens>,
-}
-
 impl Checkpoint {
     /// Opens a directory in the Hugging Face layout and checks every tensor's name, type and shape against
     /// `config.json`. The tensors' bytes need not be there: see [`Checkpoint::check_complete`].
     ///
     /// # Errors
-    /// Names the file, and the tensor where there is one.
+    /// Names the file, and the tensor or field where there is one.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let mut digest = Xxh3::new();
-        let config_path = path.join("config.json");
-        let config = read_text(&config_path)?;
-        digest.update(config.as_bytes());
-        let geometry = Geometry::from_config_json(&config)
-            .map_err(|source| CheckpointError::Geometry { path: config_path, source })?;
-        let (names, weight_map) = file_names(path)?;
-        let mut files = Vec::new();
-        let mut tensors = BTreeMap::new();
-        for name in names {
-            let file_path = path.join(&name);
-            let (len, header) = read_header(&file_path)?;
-            digest.update(&header);
-            let found = parse_header(&file_path, &header, files.len())?;
-            // With an index, a tensor counts only in the file that the index names for it.
-            let counts = |tensor: &String| weight_map.as_ref().is_none_or(|map| map.get(tensor) == Some(&name));
-            tensors.extend(found.into_iter().filter(|(tensor, _)| counts(tensor)));
-            files.push(CheckpointFile { path: file_path, len });
-        }
-        let eos_token_ids = eos_tokens(path)?.unwrap_or_else(|| geometry.eos_token_ids.clone());
-        let checkpoint =
-            Self { path: path.to_owned(), geometry, eos_token_ids, files, tensors, digest: digest.digest() };
-        checkpoint.check_tensors(weight_map.as_ref())?;
-        Ok(checkpoint)
+        Self::from_headers(path, &directory::read(path)?)
     }
 
-    /// Checks that every file is as long as its header says.
+    /// Makes sense of what was read from the directory `path`. Reads nothing.
     ///
     /// # Errors
-    /// Names the first tensor whose bytes are missing.
+    /// As [`Checkpoint::open`].
+    pub fn from_headers(path: &Path, headers: &Headers) -> Result<Self, CheckpointError> {
+        let mut digest = Xxh3::new();
+        digest.update(headers.config.as_bytes());
+        let geometry = Geometry::from_config_json(&headers.config)
+            .map_err(|source| CheckpointError::Geometry { path: path.join(directory::CONFIG_FILE), source })?;
+        let eos_token_ids = directory::eos_tokens(path, headers, &geometry)?;
+        let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
+        let mut holes = Vec::new();
+        for FileHeader { name, len, json } in &headers.files {
+            let file_path = path.join(name);
+            digest.update(json);
+            let found = header::parse(&file_path, json, files.len())?;
+            holes.extend(header::hole(&file_path, json.len(), &found));
+            let data_end = found.iter().map(|(_, entry)| entry.offset + entry.bytes).max();
+            add_tensors(&file_path, name, found, headers.weight_map.as_ref(), &mut tensors)?;
+            let data_end = data_end.unwrap_or(8 + json.len() as u64);
+            files.push(CheckpointFile { path: file_path, len: *len, data_end });
+        }
+        let checkpoint =
+            Self { path: path.to_owned(), geometry, eos_token_ids, files, tensors, digest: digest.digest() };
+        checkpoint.check_tensors(headers.weight_map.as_ref())?;
+        checkpoint.check_layers()?;
+        // A tensor that is missing leaves a hole: it is named first.
+        holes.into_iter().next().map_or(Ok(checkpoint), Err)
+    }
+
+    /// Checks that every file is as long as its header says, no shorter and no longer.
+    ///
+    /// # Errors
+    /// Names the first tensor whose bytes are missing, or the file with bytes that belong to none.
     pub fn check_complete(&self) -> Result<(), CheckpointError> {
         for (name, entry) in &self.tensors {
             let (file, end) = (&self.files[entry.file], entry.offset + entry.bytes);
@@ -269,12 +259,18 @@ impl Checkpoint {
                 });
             }
         }
+        for CheckpointFile { path, len, data_end } in &self.files {
+            if len != data_end {
+                let problem = format!("{len} bytes long, but its last tensor ends at byte {data_end}");
+                return Err(header_error(path, problem));
+            }
+        }
         Ok(())
     }
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
-        self.tensors.values().map(|entry| entry.bytes).sum()
+        self.tensors.values().fold(0, |sum, entry| sum.saturating_add(entry.bytes))
     }
 
     /// Bytes that a slice of a tensor takes in this checkpoint; 0 if there is no such tensor.
@@ -305,112 +301,43 @@ impl Checkpoint {
         }
         Ok(())
     }
+
+    /// Refuses tensors of layers that the configuration does not have: the model would run without its upper half.
+    fn check_layers(&self) -> Result<(), CheckpointError> {
+        let layers = self.geometry.num_hidden_layers();
+        let layer = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+        match self.tensors.iter().find(|(name, _)| layer(name).is_some_and(|layer| layer >= layers)) {
+            None => Ok(()),
+            Some((name, entry)) => {
+                let problem = format!("tensor {name}: config.json says num_hidden_layers is {layers}");
+                Err(header_error(&self.files[entry.file].path, problem))
+            }
+        }
+    }
 }
 
-fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
-    let path = path.to_owned();
-    |source| CheckpointError::Io { path, source }
+/// Adds one file's tensors. With an index, each tensor lies only in the file that the index names for it; what the
+/// index leaves out is not part of the model.
+fn add_tensors(
+    path: &Path,
+    file: &str,
+    found: Vec<(String, TensorEntry)>,
+    weight_map: Option<&WeightMap>,
+    tensors: &mut BTreeMap<String, TensorEntry>,
+) -> Result<(), CheckpointError> {
+    for (name, entry) in found {
+        match weight_map.map(|map| map.get(&name)) {
+            Some(None) => continue,
+            Some(Some(told)) if told != file => {
+                return Err(header_error(path, format!("tensor {name} lies here, and {INDEX_FILE} says in {told}")));
+            }
+            Some(Some(_)) | None => {}
+        }
+        tensors.insert(name, entry);
+    }
+    Ok(())
 }
 
 fn header_error(path: &Path, problem: impl Into<String>) -> CheckpointError {
     CheckpointError::Header { path: path.to_owned(), problem: problem.into() }
-}
-
-fn read_text(path: &Path) -> Result<String, CheckpointError> {
-    let mut text = String::new();
-    let file = File::open(path).map_err(io_error(path))?;
-    file.take(MAX_JSON_BYTES).read_to_string(&mut text).map_err(io_error(path))?;
-    Ok(text)
-}
-
-fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, CheckpointError> {
-    let text = read_text(path)?;
-    serde_json::from_str(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })
-}
-
-type WeightMap = BTreeMap<String, String>;
-
-/// Names of the files with tensors, and which tensor lies where if there is an index.
-fn file_names(path: &Path) -> Result<(Vec<String>, Option<WeightMap>), CheckpointError> {
-    let index_path = path.join(INDEX_FILE);
-    if !index_path.exists() {
-        return Ok((vec![SINGLE_FILE.to_owned()], None));
-    }
-    let index: Index = read_json(&index_path)?;
-    let mut names: Vec<String> = index.weight_map.values().cloned().collect();
-    names.sort_unstable();
-    names.dedup();
-    for name in &names {
-        let mut parts = Path::new(name).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-            return Err(header_error(&index_path, format!("file name {name:?} leaves the model's directory")));
-        }
-    }
-    Ok((names, Some(index.weight_map)))
-}
-
-fn eos_tokens(path: &Path) -> Result<Option<Vec<u32>>, CheckpointError> {
-    let file = path.join("generation_config.json");
-    if !file.exists() {
-        return Ok(None);
-    }
-    let config: GenerationConfig = read_json(&file)?;
-    Ok(config.eos_token_id.map(|tokens| match tokens {
-        EosTokens::One(id) => vec![id],
-        EosTokens::Many(ids) => ids,
-    }))
-}
-
-/// The file's length and its header's JSON.
-fn read_header(path: &Path) -> Result<(u64, Vec<u8>), CheckpointError> {
-    let mut file = File::open(path).map_err(io_error(path))?;
-    let len = file.metadata().map_err(io_error(path))?.len();
-    let mut prefix = [0; 8];
-    file.read_exact(&mut prefix).map_err(|_| header_error(path, format!("{len} bytes are too few for a header")))?;
-    let header_len = u64::from_le_bytes(prefix);
-    if header_len > MAX_HEADER_BYTES || header_len + 8 > len {
-        let problem = format!("header of {header_len} bytes in a file of {len} (limit {MAX_HEADER_BYTES})");
-        return Err(header_error(path, problem));
-    }
-    let mut header = vec![0; header_len as usize];
-    file.read_exact(&mut header).map_err(io_error(path))?;
-    Ok((len, header))
-}
-
-fn parse_header(path: &Path, header: &[u8], file: usize) -> Result<Vec<(String, TensorEntry)>, CheckpointError> {
-    let json = |source| CheckpointError::Json { path: path.to_owned(), source };
-    let Members(raw) = serde_json::from_slice(header).map_err(json)?;
-    let mut entries: Vec<(String, TensorEntry)> = Vec::with_capacity(raw.len());
-    for (name, value) in raw.into_iter().filter(|(name, _)| name != "__metadata__") {
-        let tensor: RawTensor =
-            serde_json::from_value(value).map_err(|source| header_error(path, format!("tensor {name}: {source}")))?;
-        let [start, end] = tensor.data_offsets;
-        let elements = tensor.shape.iter().try_fold(1_u128, |product, &len| product.checked_mul(len as u128));
-        let bytes = elements.and_then(|n| n.checked_mul(tensor.dtype.bytes() as u128));
-        if bytes != end.checked_sub(start).map(u128::from) || end > u64::MAX / 2 {
-            let problem = format!("tensor {name}: shape {:?} and bytes {start}..{end} disagree", tensor.shape);
-            return Err(header_error(path, problem));
-        }
-        let offset = 8 + header.len() as u64 + start;
-        let entry = TensorEntry { dtype: tensor.dtype, shape: tensor.shape, file, offset, bytes: end - start };
-        entries.push((name, entry));
-    }
-    check_overlap(path, &entries)?;
-    let mut names: Vec<&String> = entries.iter().map(|(name, _)| name).collect();
-    names.sort_unstable();
-    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(header_error(path, format!("tensor {} is there twice", twice[0])));
-    }
-    Ok(entries)
-}
-
-fn check_overlap(path: &Path, entries: &[(String, TensorEntry)]) -> Result<(), CheckpointError> {
-    let mut by_offset: Vec<_> = entries.iter().filter(|(_, entry)| entry.bytes > 0).collect();
-    by_offset.sort_unstable_by_key(|(_, entry)| entry.offset);
-    for pair in by_offset.windows(2) {
-        if pair[0].1.offset + pair[0].1.bytes > pair[1].1.offset {
-            return Err(header_error(path, format!("tensors {} and {} overlap", pair[0].0, pair[1].0)));
-        }
-    }
-    Ok(())
 }

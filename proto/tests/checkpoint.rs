@@ -211,11 +211,16 @@ fn a_configuration_that_cannot_be_served_is_refused_with_its_field() {
         ("rope_theta", json!(1.0), "rope_theta is 1, expected a number above 1"),
         ("rms_norm_eps", json!(-1.0), "rms_norm_eps is -1, expected a positive number"),
         ("quantization_config", json!(null), "quantization_config is absent"),
-        ("vocab_size", json!("many"), "invalid type"),
+        ("vocab_size", json!("many"), "vocab_size: invalid type"),
+        ("experts_per_token", json!(3), "experts_per_token is 3, expected the same as num_experts_per_tok (2)"),
     ];
     for (field, value, what) in cases {
         let copy = Copy::new("config");
-        copy.edit_json("config.json", |config| config[field] = value);
+        copy.edit_json("config.json", |config| {
+            // The older name of the count would contradict the newer one.
+            config.as_object_mut().unwrap().remove("experts_per_token");
+            config[field] = value;
+        });
         copy.is_refused("config.json", what);
     }
     let cases = [

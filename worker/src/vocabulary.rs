@@ -50,11 +50,10 @@ impl<'de> Deserialize<'de> for LargestId {
     }
 }
 
-/// One more than the largest id of the checkpoint's `tokenizer.json`, and at most `vocab_size`. Without the file, every
-/// row is a token.
+/// One more than the largest id of the checkpoint's `tokenizer.json`. Without the file, every row is a token.
 ///
 /// # Errors
-/// A fault of kind `Checkpoint` when the file cannot be read or is no tokenizer.
+/// A fault of kind `Checkpoint` when the file cannot be read, is no tokenizer, or has ids beyond the matrices' rows.
 pub(crate) fn sampled_vocab(model_dir: &Path, vocab_size: usize) -> Result<usize, Fault> {
     let path = model_dir.join("tokenizer.json");
     if !path.exists() {
@@ -66,5 +65,8 @@ pub(crate) fn sampled_vocab(model_dir: &Path, vocab_size: usize) -> Result<usize
         serde_json::from_reader(BufReader::new(file)).map_err(|error| fault(error.to_string()))?;
     let added = tokenizer.added_tokens.iter().map(|token| token.id);
     let largest = added.chain(tokenizer.model.vocab.0).max().ok_or_else(|| fault("no tokens".to_owned()))?;
-    Ok(vocab_size.min(largest as usize + 1))
+    if largest as usize >= vocab_size {
+        return Err(fault(format!("token {largest} has no row in the model, whose vocab_size is {vocab_size}")));
+    }
+    Ok(largest as usize + 1)
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     num::NonZero,
+    ops::Range,
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{Mutex, PoisonError},
@@ -17,7 +18,8 @@ use phalanx_proto::{
 
 use super::{
     ReadError,
-    spans::{SPAN_BYTES, Spans},
+    finite::Values,
+    spans::{SPAN_BYTES, Span, Spans},
 };
 
 /// Most threads that read one tensor. More only pile up in the page cache's copy.
@@ -121,18 +123,35 @@ impl<'a> Files<'a> {
                 work.rest = rest;
                 (span, target)
             };
-            buffer.resize(span.len, 0);
-            let offset = entry.offset + span.offset;
-            if let Err(source) = self.files[entry.file].read_exact_at(&mut buffer, offset) {
+            if let Err(error) = self.fetch(name, entry, &span, &mut buffer) {
                 work.lock().unwrap_or_else(PoisonError::into_inner).spans = None;
-                let path = self.checkpoint.files[entry.file].path.clone();
-                return Err(ReadError::Read { path, name: name.to_owned(), offset, len: span.len, source });
+                return Err(error);
             }
             let mut left = target;
             for kept in span.kept {
                 let (now, later) = left.split_at_mut(kept.len() / element);
                 convert(&buffer[kept], now);
                 left = later;
+            }
+        }
+    }
+
+    /// Reads one span and checks what it keeps.
+    fn fetch(&self, name: &str, entry: &TensorEntry, span: &Span, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
+        buffer.resize(span.len, 0);
+        let offset = entry.offset + span.offset;
+        let place = || (self.checkpoint.files[entry.file].path.clone(), name.to_owned());
+        self.files[entry.file].read_exact_at(buffer, offset).map_err(|source| {
+            let (path, name) = place();
+            ReadError::Read { path, name, offset, len: span.len, source }
+        })?;
+        let values = Values::of(entry.dtype, name);
+        let bad = |kept: &Range<usize>| Some(kept.start + values.first_not_finite(&buffer[kept.clone()])?);
+        match span.kept.iter().find_map(bad) {
+            None => Ok(()),
+            Some(at) => {
+                let (path, name) = place();
+                Err(ReadError::NotFinite { path, name, offset: offset + at as u64 })
             }
         }
     }

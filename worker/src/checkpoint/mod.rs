@@ -4,6 +4,7 @@
 //! tensor lies comes from the headers ([`Checkpoint`]); what to do with the values is the model's business.
 
 mod files;
+mod finite;
 mod spans;
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -44,6 +45,16 @@ pub enum ReadError {
         len: usize,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// A weight is infinite or not a number.
+    #[error("{path}: tensor {name}: the value at byte {offset} is infinite or not a number")]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The value's first byte within the file.
+        offset: u64,
     },
     /// There is no memory for the tensor.
     #[error("tensor {name}: no memory for {bytes} bytes")]
