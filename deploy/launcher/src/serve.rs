@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use phalanx_proto::{
-    geometry::Geometry,
+    checkpoint::Checkpoint,
     layout::{Layout, Parallelism},
 };
 use tokio::{
@@ -155,11 +155,12 @@ impl Setup {
         check_bind(args.http.host, args.http.insecure_bind)?;
         args.foreign.announce();
         let directory = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
-        let config = std::fs::read_to_string(directory.join("config.json"))?;
-        let geometry = Geometry::from_config_json(&config).with_context(|| directory.display().to_string())?;
+        // The children check it again, each where it runs; here it is refused before anything is started.
+        let checkpoint = Checkpoint::open(&directory)?;
+        checkpoint.check_complete()?;
         let world_size = args.scheduler.tensor_parallel_size.unwrap_or(DEFAULT_WORLD_SIZE);
         let parallelism = parallelism(args.scheduler.enable_expert_parallel);
-        Layout::new(&geometry, world_size, parallelism).context("--tensor-parallel-size")?;
+        Layout::new(&checkpoint.geometry, world_size, parallelism).context("--tensor-parallel-size")?;
         ensure!(args.device.backend != Backend::Cuda, crate::components::CUDA_MISSING);
         ensure!(
             args.load_format == LoadFormat::Auto,
