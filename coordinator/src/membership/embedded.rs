@@ -4,14 +4,69 @@ use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{Read, Write},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use phalanx_proto::ids::Epoch;
+use tokio::{sync::watch, task::spawn_blocking};
 
-use super::EpochError;
+use super::{EpochError, Membership, Role, successor};
 
 /// More than the longest number that is ever written, and what is read of a file at most.
 const MAX_FILE_BYTES: u64 = 64;
+
+/// A coordinator on its own. It always leads.
+#[derive(Debug)]
+pub struct Embedded {
+    source: Arc<Mutex<EpochSource>>,
+    /// Whether issuing an epoch waits for a disk.
+    on_disk: bool,
+    role: watch::Sender<Role>,
+}
+
+impl Embedded {
+    /// One that forgets its epochs with the process.
+    pub fn in_memory() -> Self {
+        Self::new(EpochSource::in_memory())
+    }
+
+    /// One that keeps its last epoch in `directory`, which is made if it does not exist.
+    ///
+    /// # Errors
+    /// When the directory cannot be used, another process holds it, or its file is damaged.
+    pub async fn open(directory: PathBuf) -> Result<Self, EpochError> {
+        let opened = directory.clone();
+        let source = spawn_blocking(move || EpochSource::open(&opened)).await;
+        let source = source.unwrap_or_else(|error| Err(io("open", &directory)(std::io::Error::other(error))));
+        source.map(Self::new)
+    }
+
+    fn new(source: EpochSource) -> Self {
+        let on_disk = source.file.is_some();
+        Self { source: Arc::new(Mutex::new(source)), on_disk, role: watch::Sender::new(Role::Leading) }
+    }
+}
+
+#[tonic::async_trait]
+impl Membership for Embedded {
+    fn role(&self) -> watch::Receiver<Role> {
+        self.role.subscribe()
+    }
+
+    async fn next_epoch(&self, seen: Epoch) -> Result<Epoch, EpochError> {
+        let source = Arc::clone(&self.source);
+        let issue = move || source.lock().unwrap_or_else(PoisonError::into_inner).next(seen);
+        if !self.on_disk {
+            return issue();
+        }
+        // Syncing a file blocks. The lock is taken and given back on that thread.
+        let issued = spawn_blocking(issue).await;
+        issued.unwrap_or_else(|error| Err(io("write", Path::new("epoch"))(std::io::Error::other(error))))
+    }
+
+    /// There is nobody else.
+    async fn resign(&self) {}
+}
 
 /// Issues epochs, each greater than any before it.
 #[derive(Debug)]
@@ -57,8 +112,7 @@ impl EpochSource {
     /// # Errors
     /// When the file cannot be written; then nothing was issued.
     pub fn next(&mut self, seen: Epoch) -> Result<Epoch, EpochError> {
-        let highest = self.last.max(seen);
-        let next = highest.0.checked_add(1).map(Epoch).ok_or(EpochError::Exhausted(highest))?;
+        let next = successor([self.last, seen])?;
         if let Some(file) = &self.file {
             file.write(next)?;
         }
