@@ -13,6 +13,7 @@
 //! - `upstream`: the coordinator, and streams that outlive it;
 //! - `openai`: the bodies that come and go;
 //! - [`profiles`], [`config`]: what an operator says; `instruments`, `meter`, `stats`: what is measured.
+//! - [`dry_run`](mod@dry_run): what the checks say about a body, offline;
 //!
 //! It does not know how many workers there are, what a step is, or where keys and values lie.
 
@@ -23,6 +24,7 @@ mod date;
 mod frame;
 mod handlers;
 pub mod harmony;
+pub mod dry_run;
 mod instruments;
 mod meter;
 mod openai;

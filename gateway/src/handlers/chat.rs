@@ -138,7 +138,7 @@ fn call_header(harmony: &Harmony, function: &str) -> Vec<u32> {
     ids
 }
 
-fn chat_prompt(chat: &ChatRequest, effort: AskedEffort, current_date: Option<String>) -> ChatPrompt {
+pub(crate) fn chat_prompt(chat: &ChatRequest, effort: AskedEffort, current_date: Option<String>) -> ChatPrompt {
     let shows_tools = chat.tool_choice != ToolChoice::None;
     let tools = chat.tools.iter().filter(|_| shows_tools).map(|tool| ToolDescription {
         name: tool.name.clone(),
