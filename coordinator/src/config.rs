@@ -19,6 +19,8 @@ use crate::planner::{
 const MAX_CONTEXT: usize = 1 << 24;
 /// Most sequences that may run, and that may wait.
 const MAX_SEQUENCES: usize = 1 << 16;
+/// Most tokens that may wait; they are kept in memory.
+const MAX_QUEUED_TOKENS: usize = 1 << 30;
 
 /// Why a configuration is refused before anything starts.
 #[derive(Debug, Error)]
@@ -127,6 +129,8 @@ pub struct DeploymentConfig {
     pub max_num_batched_tokens: usize,
     /// Sequences that may wait before new ones are refused.
     pub max_num_queued_reqs: usize,
+    /// Tokens, prompts and outputs at most, that may wait before new requests are refused.
+    pub max_queued_tokens: usize,
     /// Tokens of a KV block.
     pub block_size: usize,
     /// Most bytes of KV cache on a rank. Absent: what the weights leave.
@@ -148,6 +152,7 @@ impl DeploymentConfig {
             max_num_seqs: 64,
             max_num_batched_tokens: 2048,
             max_num_queued_reqs: 1024,
+            max_queued_tokens: 4 << 20,
             block_size: 16,
             kv_cache_memory_bytes: None,
             enable_prefix_caching: true,
@@ -172,6 +177,8 @@ pub struct Limits {
     pub client_stall: Duration,
     /// How long an accepted request may wait for a group that is not there.
     pub group_stall: Duration,
+    /// How long a request may wait that was never served; after it the request is refused.
+    pub max_queue_age: Duration,
     /// Failed epochs that one request may live through.
     pub max_replays: u32,
     /// How long running requests may go on after shutdown was asked for.
@@ -188,6 +195,7 @@ impl Default for Limits {
             load_silence: Duration::from_secs(60),
             client_stall: Duration::from_secs(30),
             group_stall: Duration::from_secs(120),
+            max_queue_age: Duration::from_secs(120),
             max_replays: 3,
             drain_grace: Duration::from_secs(30),
         }
@@ -224,6 +232,7 @@ impl Deployment {
         in_range("block_size", config.block_size, 1, 1 << 12)?;
         in_range("max_num_seqs", config.max_num_seqs, 1, MAX_SEQUENCES)?;
         in_range("max_num_queued_reqs", config.max_num_queued_reqs, 1, MAX_SEQUENCES)?;
+        in_range("max_queued_tokens", config.max_queued_tokens, 1, MAX_QUEUED_TOKENS)?;
         // Every running sequence decodes in every step.
         in_range("max_num_batched_tokens", config.max_num_batched_tokens, config.max_num_seqs, 1 << 20)?;
         if config.served_model_name.is_empty() || config.served_model_name.len() > 256 {

@@ -23,7 +23,7 @@ impl Engine {
         self.alone = sequence;
         if sequence.is_some() {
             while !self.running.is_empty() {
-                self.preempt_hindmost();
+                self.preempt(self.running.len() - 1);
             }
         }
     }

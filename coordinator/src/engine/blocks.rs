@@ -77,6 +77,12 @@ impl Pool {
         self.blocks[id.index()].refs == 0
     }
 
+    /// Whether only releases refer to the block that wait for their step.
+    pub(super) fn is_returning(&self, id: BlockId) -> bool {
+        let block = &self.blocks[id.index()];
+        block.refs > 0 && block.refs == block.leaving
+    }
+
     /// Takes a free block, or else the one that has been idle longest, which loses its content.
     pub(super) fn take(&mut self) -> Option<BlockId> {
         let id = match self.free.pop() {

@@ -53,14 +53,17 @@ impl Engine {
         if !self.running.is_sorted() || self.running.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(format!("running sequences are not in order: {:?}", self.running));
         }
-        if self.running.len() + self.waiting.len() != self.sequences.len() {
-            let (running, waiting, live) = (self.running.len(), self.waiting.len(), self.sequences.len());
+        let of_tenant =
+            |sequence: &Sequence| (sequence.tenant, Some(sequence.queue_tokens).filter(|_| sequence.run.is_none()));
+        self.tenants.check(self.sequences.values().map(of_tenant))?;
+        if self.running.len() + self.tenants.waiting() != self.sequences.len() {
+            let (running, waiting, live) = (self.running.len(), self.tenants.waiting(), self.sequences.len());
             return Err(format!("{running} run and {waiting} wait, {live} are alive"));
         }
         for sequence in self.sequences.values() {
             let standing = sequence.standing();
             let running = self.running.binary_search(&standing).is_ok();
-            let waiting = self.waiting.contains(standing);
+            let waiting = self.tenants.is_waiting(sequence.tenant, standing);
             if running == waiting || running != sequence.run.is_some() {
                 return Err(format!("sequence {}: running {running}, waiting {waiting}", sequence.id));
             }
@@ -135,7 +138,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::engine::{EngineConfig, Request};
+    use crate::engine::{EngineConfig, Request, Tenant, tenants::TenantKey};
 
     /// An engine with one sequence running, one waiting and a plan in flight.
     fn engine() -> Engine {
@@ -148,6 +151,9 @@ mod tests {
             max_num_batched_tokens: 100,
             max_num_seqs: 1,
             max_num_queued_reqs: 10,
+            max_queued_tokens: 1000,
+            max_queue_age: Duration::MAX,
+            output_horizon: 0,
             window: 2,
             enable_prefix_caching: true,
         };
@@ -158,6 +164,7 @@ mod tests {
             max_tokens: Some(10),
             stop_tokens: Vec::new(),
             sampling: SamplingSettings::check(&v1::Sampling::default(), 100, 0).unwrap(),
+            tenant: Tenant::default(),
             priority: 0,
             cache_salt: String::new(),
             traceparent: String::new(),
@@ -179,12 +186,12 @@ mod tests {
 
     #[test]
     fn everything_that_is_lost_or_doubled_is_found() {
-        let faults: [(&str, Damage); 9] = [
+        let faults: [(&str, Damage); 10] = [
             ("a table dropped without its blocks", |e| first(e).run.as_mut().unwrap().table = Table::default()),
             ("a sequence that was forgotten", |e| drop(e.sequences.remove(&SequenceId(1)))),
             ("a sequence that runs and waits", |e| {
-                let standing = first(e).standing();
-                e.waiting.insert(standing);
+                let (tenant, standing) = (first(e).tenant, first(e).standing());
+                e.tenants.enqueue(tenant, standing, 28);
             }),
             ("blocks given back by a sequence that runs", |e| {
                 let mut run = first(e).run.take().unwrap();
@@ -195,6 +202,7 @@ mod tests {
             ("a plan that was forgotten", |e| drop(e.in_flight.pop_front())),
             ("a slice nobody knows of", |e| first(e).slices_in_flight += 1),
             ("a position planned twice", |e| first(e).run.as_mut().unwrap().planned -= 4),
+            ("a tenant whose sequence left without a word", |e| e.tenants.leave(TenantKey::default())),
             ("tokens past the limit", |e| first(e).limit = 17),
             ("something running between epochs", |e| e.epoch = None),
         ];

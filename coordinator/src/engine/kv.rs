@@ -143,6 +143,11 @@ impl Table {
         Blocks { full: self.full.len(), sliding: self.sliding_start + self.sliding.len() }
     }
 
+    /// Number of sliding blocks held now.
+    pub(super) fn sliding_held(&self) -> usize {
+        self.sliding.len()
+    }
+
     /// Index of the first sliding block that is still held.
     pub(super) fn sliding_start(&self) -> usize {
         self.sliding_start

@@ -1,11 +1,18 @@
 //! What is let in: configurations that can work, and requests that can be carried out.
 
+use std::time::Duration;
+
 use phalanx_proto::{
     fault::{Fault, FaultKind},
     sampling::MAX_STOP_TOKENS,
 };
 
 use super::{Engine, Request, kv::KvShape};
+
+/// Shortest time after which it makes sense to ask again; the longest one is the longest wait in the queue.
+const LEAST_RETRY: Duration = Duration::from_millis(100);
+/// The time that is named before anything was measured.
+const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
 
 /// Limits and the model's shape, as far as scheduling depends on them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +33,12 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Most requests beyond `max_num_seqs` that are kept; more are refused.
     pub max_num_queued_reqs: usize,
+    /// Most tokens that wait, prompts and outputs at most; more are refused. One request may always wait.
+    pub max_queued_tokens: usize,
+    /// Longest wait of a request that has never run; after it the request is refused.
+    pub max_queue_age: Duration,
+    /// Output tokens of each running sequence for which room is kept when others are admitted. 0: none.
+    pub output_horizon: usize,
     /// Most plans in flight.
     pub window: usize,
     /// Whether equal beginnings are computed once.
@@ -83,13 +96,52 @@ impl Engine {
             return Err(Fault::invalid("resume", text));
         }
         let limit = self.limit(request)?;
-        let most = self.config.max_num_seqs + self.config.max_num_queued_reqs;
-        if self.sequences.len() >= most {
-            let text =
-                format!("{most} requests are running or queued, which is the most that are kept; try again later");
-            return Err(Fault::new(FaultKind::QueueFull, text));
+        if self.is_full() {
+            return Err(self.queue_full());
         }
         Ok(limit)
+    }
+
+    /// Whether nobody else is taken in.
+    pub(super) fn is_full(&self) -> bool {
+        self.sequences.len() >= self.most_kept()
+            || self.tenants.waiting_tokens() >= self.config.max_queued_tokens.max(1)
+    }
+
+    fn most_kept(&self) -> usize {
+        self.config.max_num_seqs + self.config.max_num_queued_reqs
+    }
+
+    fn queue_full(&self) -> Fault {
+        let text = if self.sequences.len() >= self.most_kept() {
+            let most = self.most_kept();
+            format!("{most} requests are running or queued, which is the most that are kept; try again later")
+        } else {
+            let (waiting, most) = (self.tenants.waiting_tokens(), self.config.max_queued_tokens);
+            format!("{waiting} tokens wait to be served, from {most} on nobody else is taken in; try again later")
+        };
+        Fault::new(FaultKind::QueueFull, text).retry_after(self.retry_after())
+    }
+
+    /// Says that a request has waited for too long.
+    pub(super) fn too_old(&self, waited: Duration) -> Fault {
+        let text = format!(
+            "the request waited for {:.0} s without being served, the longest wait is {:.0} s; try again later",
+            waited.as_secs_f64(),
+            self.config.max_queue_age.as_secs_f64()
+        );
+        Fault::new(FaultKind::QueueFull, text).retry_after(self.retry_after())
+    }
+
+    /// When somebody who is refused is likely to find a place: when a tenth of those that wait, at least one, has been
+    /// served at the speed measured lately. Sooner they would only meet each other again.
+    pub(super) fn retry_after(&self) -> Duration {
+        let (least, most) = (LEAST_RETRY, self.config.max_queue_age.max(LEAST_RETRY));
+        let Some(rate) = self.throughput.per_second() else { return RETRY_UNMEASURED.min(most) };
+        let waiting = self.tenants.waiting().max(1);
+        let share = (waiting / 10).max(1) as f64 / waiting as f64;
+        let seconds = self.tenants.waiting_tokens() as f64 * share / rate;
+        Duration::try_from_secs_f64(seconds).unwrap_or(most).clamp(least, most)
     }
 
     /// Length of prompt and output at which a request ends.

@@ -9,7 +9,8 @@
 //! | `results` | what a step's result means: tokens, ends, blocks that return |
 //! | `sequence` | how far one completion is |
 //! | `limits` | what is let in |
-//! | `queue` | who goes first |
+//! | `tenants`, `queue` | who goes first: between tenants, and within one |
+//! | `throughput` | how fast tokens are served, for those who are told to come back |
 //! | `kv`, `blocks` | which block holds which positions; when a block may be taken again |
 //! | `prefix` | what was computed before and can be shared |
 //! | `alone` | whether one sequence runs apart from the others |
@@ -30,6 +31,8 @@ mod results;
 mod scheduler;
 mod sequence;
 mod stats;
+mod tenants;
+mod throughput;
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -43,10 +46,13 @@ use rustc_hash::FxHashMap;
 
 use kv::{Blocks, KvCache};
 pub use limits::EngineConfig;
-use queue::{Standing, WaitQueue};
+use queue::Standing;
 use results::Flight;
 use sequence::Sequence;
 pub use stats::{Stats, Totals};
+use tenants::Tenants;
+pub use tenants::{MAX_WEIGHT, Tenant};
+use throughput::Throughput;
 
 /// One completion to generate, checked against the vocabulary.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,7 +69,9 @@ pub struct Request {
     pub stop_tokens: Vec<TokenId>,
     /// How tokens are chosen.
     pub sampling: SamplingSettings,
-    /// Higher goes first.
+    /// On whose behalf.
+    pub tenant: Tenant,
+    /// Higher goes first among the requests of one tenant.
     pub priority: i32,
     /// Nothing is shared between different salts.
     pub cache_salt: String,
@@ -108,7 +116,7 @@ pub enum Event {
         /// How much of the prompt came from the prefix cache.
         cached_tokens: usize,
     },
-    /// It cannot go on: the group formed anew with a KV cache that is too small for it.
+    /// It cannot go on: it waited for too long, or the group formed anew with a KV cache that is too small for it.
     Failed {
         /// Which one.
         sequence: SequenceId,
@@ -127,7 +135,10 @@ pub struct Engine {
     /// Of the last epoch; `None` before the first.
     capacity: Option<Blocks>,
     sequences: FxHashMap<SequenceId, Sequence>,
-    waiting: WaitQueue,
+    /// Who waits, and whose turn it is.
+    tenants: Tenants,
+    /// Sequences that were never on the ranks, in order of arrival. May hold some that have ended or been admitted since.
+    arrivals: VecDeque<SequenceId>,
     /// On the ranks, foremost first.
     running: Vec<Standing>,
     /// For the next plan: sequences that the ranks have to forget.
@@ -136,12 +147,11 @@ pub struct Engine {
     in_flight: VecDeque<Flight>,
     next_step: Step,
     next_sequence: SequenceId,
-    /// Plans in a row in which somebody prefilled while the oldest candidate could not.
-    overtakes: u32,
     /// Nobody else is put on the ranks while it lives.
     alone: Option<SequenceId>,
     events: Vec<Event>,
     totals: Totals,
+    throughput: Throughput,
 }
 
 impl Engine {
@@ -158,16 +168,17 @@ impl Engine {
             kv,
             capacity: None,
             sequences: FxHashMap::default(),
-            waiting: WaitQueue::default(),
+            tenants: Tenants::default(),
+            arrivals: VecDeque::new(),
             running: Vec::new(),
             retire: Vec::new(),
             in_flight: VecDeque::new(),
             next_step: Step(1),
             next_sequence: SequenceId(1),
-            overtakes: 0,
             alone: None,
             events: Vec::new(),
             totals: Totals::default(),
+            throughput: Throughput::default(),
         })
     }
 
@@ -194,7 +205,7 @@ impl Engine {
             sequence.slices_in_flight = 0;
             sequence.samples_in_flight = 0;
             if sequence.run.take().is_some() {
-                self.waiting.insert(sequence.standing());
+                self.tenants.enqueue(sequence.tenant, sequence.standing(), sequence.queue_tokens);
             }
         }
     }
@@ -202,7 +213,7 @@ impl Engine {
     /// Takes a request in.
     ///
     /// # Errors
-    /// `QueueFull` when there is no place to wait; `ContextLength` when prompt and output exceed the context or can
+    /// `QueueFull` when there is no place to wait, with the time after which there may be one; `ContextLength` when prompt and output exceed the context or can
     /// never fit the KV cache; `InvalidArgument` for an empty prompt, too many stop tokens or an over-long `resume`.
     pub fn submit(&mut self, request: Request, now: Duration) -> Result<SequenceId, Fault> {
         let limit = match self.check_request(&request) {
@@ -214,10 +225,12 @@ impl Engine {
         };
         let id = self.next_sequence;
         self.next_sequence = SequenceId(id.0 + 1);
-        let sequence = Sequence::new(id, request, limit, now);
+        let tenant = self.tenants.join(&request.tenant);
+        let sequence = Sequence::new(id, tenant, request, limit, now);
         let finished = sequence.finished_already().filter(|_| !sequence.wants_only_prompt());
-        self.waiting.insert(sequence.standing());
+        self.tenants.enqueue(tenant, sequence.standing(), sequence.queue_tokens);
         self.sequences.insert(id, sequence);
+        self.arrivals.push_back(id);
         if let Some(reason) = finished {
             self.note_admission(id, 0, now);
             self.finish(id, reason);
@@ -235,6 +248,24 @@ impl Engine {
         alive
     }
 
+    /// Refuses requests that have waited since before `max_queue_age` without ever having run.
+    pub fn expire(&mut self, now: Duration) {
+        while let Some(&id) = self.arrivals.front() {
+            let untouched = self.sequences.get(&id).filter(|sequence| !sequence.was_served());
+            let waited = untouched.map(|sequence| now.saturating_sub(sequence.submitted));
+            if waited.is_some_and(|waited| waited <= self.config.max_queue_age) {
+                return;
+            }
+            self.arrivals.pop_front();
+            if let Some(waited) = waited {
+                let fault = self.too_old(waited);
+                self.remove(id);
+                self.totals.expired += 1;
+                self.events.push(Event::Failed { sequence: id, fault });
+            }
+        }
+    }
+
     /// Events since the last call of this or of [`Engine::apply`]: what `submit`, `cancel` and `next_plan` caused.
     pub fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
@@ -246,7 +277,10 @@ impl Engine {
         let used = capacity.minus(self.kv.available());
         Stats {
             running: self.running.len(),
-            waiting: self.waiting.len(),
+            waiting: self.tenants.waiting(),
+            waiting_tokens: self.tenants.waiting_tokens(),
+            tokens_per_second: self.throughput.per_second().map_or(0, |rate| rate.round() as u64),
+            retry_after: if self.is_full() { self.retry_after() } else { Duration::ZERO },
             full_blocks_used: used.full,
             full_blocks: capacity.full,
             sliding_blocks_used: used.sliding,
@@ -287,7 +321,11 @@ impl Engine {
                 self.kv.let_go_all(run.table, self.next_step);
                 self.retire.push(id);
             }
-            None => self.waiting.remove(standing),
+            None => self.tenants.dequeue(sequence.tenant, standing, sequence.queue_tokens),
+        }
+        self.tenants.leave(sequence.tenant);
+        if self.sequences.is_empty() {
+            self.arrivals.clear();
         }
         Some(sequence)
     }

@@ -65,6 +65,8 @@ pub(super) struct Hit {
     pub(super) sliding: Vec<BlockId>,
     /// How many of these nobody refers to now; sharing makes them unavailable.
     pub(super) unreferenced: Blocks,
+    /// How many of these are on their way back to their pool; sharing keeps them.
+    pub(super) returning: Blocks,
 }
 
 impl KvCache {
@@ -99,6 +101,10 @@ impl KvCache {
             full: full.iter().filter(|&&id| self.full().is_unreferenced(id)).count(),
             sliding: sliding.iter().filter(|&&id| self.sliding().is_unreferenced(id)).count(),
         };
-        Hit { blocks: best, full, sliding_start, sliding, unreferenced }
+        let returning = Blocks {
+            full: full.iter().filter(|&&id| self.full().is_returning(id)).count(),
+            sliding: sliding.iter().filter(|&&id| self.sliding().is_returning(id)).count(),
+        };
+        Hit { blocks: best, full, sliding_start, sliding, unreferenced, returning }
     }
 }

@@ -1,4 +1,4 @@
-//! Who waits, and who goes first.
+//! Who of one tenant waits, and who goes first.
 
 use std::{cmp::Reverse, collections::BTreeSet};
 
@@ -17,13 +17,18 @@ impl Standing {
     pub(super) fn new(shielded: bool, priority: i32, sequence: SequenceId) -> Self {
         Self { shielded: Reverse(shielded), priority: Reverse(priority), sequence }
     }
+
+    /// Whether it takes its turn like others. Those that were preempted often go before everybody, of any tenant.
+    pub(super) fn is_unshielded(self) -> bool {
+        !self.shielded.0
+    }
 }
 
 /// Sequences that are not on the ranks.
 #[derive(Debug, Default)]
 pub(super) struct WaitQueue {
     by_standing: BTreeSet<Standing>,
-    by_age: BTreeSet<SequenceId>,
+    by_age: BTreeSet<(SequenceId, Standing)>,
 }
 
 impl WaitQueue {
@@ -35,18 +40,18 @@ impl WaitQueue {
     /// Adds a sequence.
     pub(super) fn insert(&mut self, standing: Standing) {
         self.by_standing.insert(standing);
-        self.by_age.insert(standing.sequence);
+        self.by_age.insert((standing.sequence, standing));
     }
 
     /// Takes a sequence out.
     pub(super) fn remove(&mut self, standing: Standing) {
         self.by_standing.remove(&standing);
-        self.by_age.remove(&standing.sequence);
+        self.by_age.remove(&(standing.sequence, standing));
     }
 
     /// Whether the sequence waits here.
     pub(super) fn contains(&self, standing: Standing) -> bool {
-        self.by_standing.contains(&standing) && self.by_age.contains(&standing.sequence)
+        self.by_standing.contains(&standing) && self.by_age.contains(&(standing.sequence, standing))
     }
 
     /// The one that goes next.
@@ -55,7 +60,7 @@ impl WaitQueue {
     }
 
     /// The one that came first.
-    pub(super) fn oldest(&self) -> Option<SequenceId> {
-        self.by_age.first().copied()
+    pub(super) fn oldest(&self) -> Option<Standing> {
+        self.by_age.first().map(|(_, standing)| *standing)
     }
 }

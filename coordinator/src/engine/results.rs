@@ -17,6 +17,8 @@ use super::{Engine, Event, sequence::Sequence};
 pub(super) struct Flight {
     pub(super) step: Step,
     pub(super) slices: Vec<FlightSlice>,
+    /// Tokens of these slices that were computed for the first time.
+    served: usize,
     planned_at: Duration,
 }
 
@@ -31,14 +33,14 @@ pub(super) struct FlightSlice {
 
 impl Flight {
     /// Remembers a plan that was sent.
-    pub(super) fn new(plan: &Plan, now: Duration) -> Self {
+    pub(super) fn new(plan: &Plan, served: usize, now: Duration) -> Self {
         let slices = plan.slices.iter().map(|slice| FlightSlice {
             sequence: slice.sequence,
             sample: slice.sample,
             first_position: slice.first_position,
             num_tokens: slice.num_tokens,
         });
-        Self { step: plan.step, slices: slices.collect(), planned_at: now }
+        Self { step: plan.step, slices: slices.collect(), served, planned_at: now }
     }
 }
 
@@ -63,6 +65,7 @@ impl Engine {
         let Some(flight) = self.in_flight.pop_front() else { return Ok(self.take_events()) };
         self.kv.acknowledge(step);
         self.totals.steps += 1;
+        self.throughput.record(flight.served, flight.planned_at, now);
         self.totals.step_time += now.saturating_sub(flight.planned_at);
         let mut tokens = tokens.into_iter();
         for slice in &flight.slices {

@@ -1,12 +1,14 @@
 //! What the next plan computes.
 //!
-//! 1. Room: each running sequence, the foremost first, claims the blocks of its next token. Where they will not be there
-//!    even after the plans in flight, the hindmost sequence goes back to waiting.
+//! 1. Room: each running sequence claims the blocks of its next token. While these will not be there even after the plans
+//!    in flight, a sequence goes back to waiting: the hindmost of the tenant that was served most.
 //! 2. Decodes: every running sequence that has a token to feed.
-//! 3. Prefills with what is left of the token budget, running and waiting ones together, by standing. They leave one block
-//!    to each of these decodes. When one waits for room, nobody passes it.
+//! 3. Prefills with what is left of the token budget, running and waiting ones together, by turns of their tenants. They
+//!    leave one block to each of these decodes. When one waits for room, nobody passes it.
 //!
-//! Whoever is foremost can always go on, so the engine cannot come to a standstill; and the oldest candidate goes first
+//! Nobody is admitted for whom there is no room beside what those that run are likely to take yet, so that preemption is
+//! the exception. Whoever was preempted often goes before all others, and the foremost of these can always go on, so the
+//! engine cannot come to a standstill. The tenant that was served least goes first, and within one the oldest candidate
 //! after it has been overtaken a few times, so nobody starves.
 
 use std::time::Duration;
@@ -21,10 +23,8 @@ use super::{
     queue::Standing,
     results::Flight,
     sequence::Sequence,
+    tenants::{Candidate, TenantKey},
 };
-
-/// Plans in a row in which the oldest candidate may be passed by others.
-const MAX_OVERTAKES: u32 = 8;
 
 /// A plan in the making.
 pub(super) struct Draft {
@@ -38,7 +38,11 @@ pub(super) struct Draft {
     /// Prefix blocks that this plan fills; later plans can share them, this one cannot.
     filling: FxHashSet<BlockKey>,
     /// Sequences that got a prefill slice.
-    prefilled: Vec<SequenceId>,
+    prefilled: Vec<(TenantKey, SequenceId)>,
+    /// Blocks that running sequences are likely to take yet.
+    claims: Blocks,
+    /// Tokens that tenants were charged for.
+    served: usize,
 }
 
 impl Engine {
@@ -56,6 +60,8 @@ impl Engine {
             headroom: Blocks::default(),
             filling: FxHashSet::default(),
             prefilled: Vec::new(),
+            claims: Blocks::default(),
+            served: 0,
         };
         self.make_room();
         self.plan_decodes(&mut draft);
@@ -64,34 +70,49 @@ impl Engine {
         if draft.plan.retire.is_empty() && draft.plan.slices.is_empty() {
             return None;
         }
-        self.launch(&draft.plan, now);
+        self.launch(&draft, now);
         Some(draft.plan)
     }
 
-    /// Preempts from the rear until the next token of everyone before has its blocks, now or once the plans in flight are
-    /// done.
+    /// Preempts until the next token of everyone who is left has its blocks, now or once the plans in flight are done.
     fn make_room(&mut self) {
+        let shape = *self.kv.shape();
+        let need = |sequence: &Sequence| sequence.next_need(&shape);
         let mut claimed = Blocks::default();
-        let mut index = 0;
-        while let Some(standing) = self.running.get(index) {
-            index += 1;
-            if let Some(sequence) = self.sequences.get(&standing.sequence) {
-                claimed += sequence.next_need(self.kv.shape());
-            }
-            while self.running.len() > index && !(self.kv.available() + self.kv.pending()).covers(claimed) {
-                self.preempt_hindmost();
-            }
+        for standing in &self.running {
+            claimed += self.sequences.get(&standing.sequence).map(need).unwrap_or_default();
+        }
+        while self.running.len() > 1
+            && !(self.kv.available() + self.kv.pending()).covers(claimed)
+            && let Some(index) = self.hindmost()
+        {
+            let id = self.running[index].sequence;
+            claimed = claimed.minus(self.sequences.get(&id).map(need).unwrap_or_default());
+            self.preempt(index);
         }
     }
 
-    /// Sends the last running sequence back to the queue. What was sampled for it in plans in flight still counts.
-    pub(super) fn preempt_hindmost(&mut self) {
-        let Some(standing) = self.running.pop() else { return };
+    /// Whoever has to make room, as an index of `running`: the hindmost of the tenant that was served most, and shielded
+    /// ones only when nobody else is left.
+    fn hindmost(&self) -> Option<usize> {
+        let rank = |index: &usize| {
+            let standing = self.running[*index];
+            let tenant = self.sequences.get(&standing.sequence).map(|sequence| sequence.tenant).unwrap_or_default();
+            // Among shielded ones only their standing counts: it stays as it is, so that one of them gets done.
+            let served = if standing.is_unshielded() { self.tenants.served(tenant) } else { 0 };
+            (standing.is_unshielded(), served, standing)
+        };
+        (0..self.running.len()).max_by_key(rank)
+    }
+
+    /// Sends a running sequence back to the queue. What was sampled for it in plans in flight still counts.
+    pub(super) fn preempt(&mut self, index: usize) {
+        let standing = self.running.remove(index);
         let Some(sequence) = self.sequences.get_mut(&standing.sequence) else { return };
         let Some(run) = sequence.run.take() else { return };
         self.kv.let_go_all(run.table, self.next_step);
         sequence.preemptions += 1;
-        self.waiting.insert(sequence.standing());
+        self.tenants.enqueue(sequence.tenant, sequence.standing(), sequence.queue_tokens);
         self.retire.push(standing.sequence);
         self.totals.preemptions += 1;
     }
@@ -107,6 +128,9 @@ impl Engine {
             let end = sequence.run.as_ref().map_or(0, |run| run.planned + 1);
             draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
             draft.budget -= 1;
+            let charge = sequence.take_charge(end);
+            self.tenants.charge(sequence.tenant, charge);
+            draft.served += charge;
         }
         // Those that stall are not counted: else a prefill could wait for them, and they for the blocks it holds.
         draft.headroom = self.kv.shape().each(draft.plan.slices.len());
@@ -116,37 +140,39 @@ impl Engine {
         if self.plan_alone(draft, now) {
             return;
         }
-        let prefilling: Vec<Standing> =
-            self.running.iter().copied().filter(|standing| self.is_prefilling(standing.sequence)).collect();
-        let oldest = prefilling.iter().map(|standing| standing.sequence).chain(self.waiting.oldest()).min();
-        if let Some(oldest) = oldest.filter(|_| self.overtakes >= MAX_OVERTAKES) {
-            if self.is_prefilling(oldest) {
-                self.plan_chunk(oldest, draft);
+        let mut prefilling = self.prefilling();
+        draft.claims = self.claims();
+        while draft.budget > 0
+            && let Some(next) = self.tenants.foremost(&prefilling, !draft.closed)
+        {
+            let id = next.standing.sequence;
+            if let Some(index) = prefilling.iter().position(|candidate| *candidate == next) {
+                prefilling.remove(index);
+                self.plan_chunk(id, draft);
             } else {
-                draft.closed |= !self.admit(oldest, draft, now);
+                draft.closed |= !self.admit(id, draft, now);
             }
         }
-        let mut prefilling = prefilling.into_iter().peekable();
-        while draft.budget > 0 {
-            let waiting = self.waiting.foremost().filter(|_| !draft.closed);
-            if let Some(running) = prefilling.next_if(|running| waiting.is_none_or(|waiting| *running < waiting)) {
-                self.plan_chunk(running.sequence, draft);
-            } else if let Some(waiting) = waiting {
-                draft.closed |= !self.admit(waiting.sequence, draft, now);
-            } else {
-                break;
-            }
-        }
-        // A plan in which nobody prefilled tells nothing.
-        if oldest.is_none_or(|oldest| draft.prefilled.contains(&oldest)) {
-            self.overtakes = 0;
-        } else if !draft.prefilled.is_empty() {
-            self.overtakes += 1;
-        }
+        self.tenants.note_prefills(&draft.prefilled, &prefilling);
     }
 
-    fn is_prefilling(&self, id: SequenceId) -> bool {
-        self.sequences.get(&id).is_some_and(Sequence::is_prefilling)
+    /// Sequences that run and have not been given all they were admitted with.
+    fn prefilling(&self) -> Vec<Candidate> {
+        let candidate = |&standing: &Standing| {
+            let sequence = self.sequences.get(&standing.sequence).filter(|sequence| sequence.is_prefilling())?;
+            Some(Candidate { tenant: sequence.tenant, standing })
+        };
+        self.running.iter().filter_map(candidate).collect()
+    }
+
+    /// What all running sequences are likely to take yet. Nobody asks while nobody waits.
+    fn claims(&self) -> Blocks {
+        let mut claims = Blocks::default();
+        if self.tenants.waiting() > 0 {
+            let running = self.running.iter().filter_map(|standing| self.sequences.get(&standing.sequence));
+            running.for_each(|sequence| claims += sequence.claim(self.kv.shape(), self.config.output_horizon));
+        }
+        claims
     }
 
     /// Gives a prefilling sequence as many positions as budget and blocks allow. If the blocks do not suffice, nobody can
@@ -154,9 +180,6 @@ impl Engine {
     pub(super) fn plan_chunk(&mut self, id: SequenceId, draft: &mut Draft) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let Some(run) = &sequence.run else { return };
-        if draft.prefilled.contains(&id) {
-            return;
-        }
         let shape = *self.kv.shape();
         let room = self.kv.available().minus(draft.headroom);
         let start = run.planned;
@@ -166,12 +189,19 @@ impl Engine {
         }
         let filled = start / shape.block_size..end / shape.block_size;
         draft.filling.extend(filled.filter_map(|index| sequence.keys.get(index)));
+        let horizon = self.config.output_horizon;
+        let claim = sequence.claim(&shape, horizon);
         draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
-        draft.prefilled.push(id);
+        draft.claims = draft.claims.minus(claim) + sequence.claim(&shape, horizon);
+        draft.prefilled.push((sequence.tenant, id));
         draft.budget -= end - start;
+        let charge = sequence.take_charge(end);
+        self.tenants.charge(sequence.tenant, charge);
+        draft.served += charge;
     }
 
-    /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens. Returns whether.
+    /// Puts a waiting sequence on the ranks with its first chunk, if there is room for all its tokens now, and later for
+    /// what it and the others are likely to grow to. Returns whether.
     pub(super) fn admit(&mut self, id: SequenceId, draft: &mut Draft, now: Duration) -> bool {
         if self.running.len() >= self.config.max_num_seqs {
             return false;
@@ -185,9 +215,15 @@ impl Engine {
         let reach = self.kv.shape().each(hit.blocks);
         let need = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), sequence.tokens.len());
         let room = self.kv.available().minus(hit.unreferenced);
-        if !room.covers(need + draft.headroom) {
+        let grown = sequence.claimed_len(self.config.output_horizon);
+        let claim = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), grown);
+        let later = room + self.kv.pending().minus(hit.returning);
+        // Alone it fits: else it would not have been taken in.
+        let fits_later = self.running.is_empty() || later.covers(claim + draft.claims);
+        if !room.covers(need + draft.headroom) || !fits_later {
             return false;
         }
+        draft.claims += claim;
         let hit_tokens = hit.blocks * self.config.block_size;
         if sequence.cached_tokens.is_none() && self.config.enable_prefix_caching && !sequence.must_compute_prompt() {
             self.totals.prefix_cache_queries += sequence.tokens.len() as u64;
@@ -195,7 +231,7 @@ impl Engine {
         }
         let standing = sequence.standing();
         draft.plan.admit.push(sequence.admit(hit, &mut self.kv));
-        self.waiting.remove(standing);
+        self.tenants.dequeue(sequence.tenant, standing, sequence.queue_tokens);
         let place = self.running.partition_point(|other| *other < standing);
         self.running.insert(place, standing);
         self.note_admission(id, hit_tokens, now);
@@ -221,7 +257,8 @@ impl Engine {
     }
 
     /// Takes note of a finished plan: what it fills can be shared from now on, what leaves the window returns with it.
-    fn launch(&mut self, plan: &Plan, now: Duration) {
+    fn launch(&mut self, draft: &Draft, now: Duration) {
+        let plan = &draft.plan;
         for slice in &plan.slices {
             let Some(sequence) = self.sequences.get_mut(&slice.sequence) else { continue };
             if self.config.enable_prefix_caching {
@@ -231,7 +268,7 @@ impl Engine {
                 self.kv.pass_window(&mut run.table, run.planned, plan.step);
             }
         }
-        self.in_flight.push_back(Flight::new(plan, now));
+        self.in_flight.push_back(Flight::new(plan, draft.served, now));
         self.next_step = plan.step.next();
     }
 }

@@ -13,15 +13,24 @@ use super::{
     kv::{Blocks, KvCache, KvShape, Table},
     prefix::{Hit, PrefixKeys},
     queue::Standing,
+    tenants::TenantKey,
 };
 
 /// A sequence that was preempted this often goes before all others, so that it gets done.
 const SHIELDED_AFTER: u32 = 4;
+/// What a request without a limit of its own counts for in the queue, beside its prompt: few answers are longer, and
+/// counting what the context leaves would let a handful of requests fill any queue.
+const OPEN_OUTPUT_TOKENS: usize = 2048;
 
 /// A live sequence, waiting or running.
 #[derive(Debug)]
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
+    pub(super) tenant: TenantKey,
+    /// What it counts for in the queue: prompt and most output.
+    pub(super) queue_tokens: usize,
+    /// Positions that its tenant has been charged for, from the first one on: what is computed again costs nothing.
+    charged: usize,
     pub(super) request: Request,
     /// Prompt, then every output token that is known here.
     pub(super) tokens: Vec<TokenId>,
@@ -56,13 +65,17 @@ pub(super) struct Run {
 
 impl Sequence {
     /// A sequence that waits.
-    pub(super) fn new(id: SequenceId, request: Request, limit: usize, now: Duration) -> Self {
+    pub(super) fn new(id: SequenceId, tenant: TenantKey, request: Request, limit: usize, now: Duration) -> Self {
         let tokens = [request.prompt.as_slice(), &request.resume].concat();
         // Who holds output tokens already has read what was reported of the prompt.
         let prompt_reported = if request.resume.is_empty() { 1 } else { request.prompt.len() };
         let keys = PrefixKeys::new(&request.cache_salt);
+        let queue_tokens = queue_tokens(&request, limit);
         Self {
             id,
+            tenant,
+            queue_tokens,
+            charged: 0,
             request,
             tokens,
             limit,
@@ -80,6 +93,36 @@ impl Sequence {
     /// Its place among others.
     pub(super) fn standing(&self) -> Standing {
         Standing::new(self.preemptions >= SHIELDED_AFTER, self.request.priority, self.id)
+    }
+
+    /// Whether it has been on the ranks, under this coordinator or one before.
+    pub(super) fn was_served(&self) -> bool {
+        self.cached_tokens.is_some() || !self.request.resume.is_empty()
+    }
+
+    /// Length up to which it keeps room when others are admitted: what it has to compute, and as many output tokens again
+    /// as it has produced, at least `horizon` and never more than it may. Answers are mostly much shorter than their
+    /// limits, so that keeping room for these would leave the ranks idle; and since the claim doubles with the length, a
+    /// long answer outgrows it only a few times. What fits into `horizon` is never preempted for want of room.
+    pub(super) fn claimed_len(&self, horizon: usize) -> usize {
+        // The token sampled last is not computed.
+        let rest = (self.limit - 1).saturating_sub(self.tokens.len());
+        let growth = if horizon == 0 { 0 } else { horizon.max(self.completion_tokens()) };
+        self.tokens.len() + growth.min(rest)
+    }
+
+    /// Blocks that it may still take, as far as room is kept for it.
+    pub(super) fn claim(&self, shape: &KvShape, horizon: usize) -> Blocks {
+        self.run.as_ref().map_or_else(Blocks::default, |run| {
+            shape.need_in_chunks(run.table.reach(), run.table.sliding_held(), self.claimed_len(horizon))
+        })
+    }
+
+    /// Tokens up to `end` that its tenant has to be charged for now.
+    pub(super) fn take_charge(&mut self, end: usize) -> usize {
+        let fresh = end.saturating_sub(self.charged);
+        self.charged = self.charged.max(end);
+        fresh
     }
 
     /// Output tokens known so far, resumed ones included.
@@ -124,6 +167,7 @@ impl Sequence {
     /// Puts it on the ranks, from the end of `hit` on.
     pub(super) fn admit(&mut self, hit: Hit, kv: &mut KvCache) -> Admission {
         let planned = hit.blocks * kv.shape().block_size;
+        self.charged = self.charged.max(planned);
         let (remembered, prefill_end) = (hit.blocks, self.tokens.len());
         self.run = Some(Run { table: kv.share(hit), planned, prefill_end, remembered });
         Admission {
@@ -186,4 +230,9 @@ impl Sequence {
         }
         (self.tokens.len() >= self.limit).then_some(FinishReason::Length)
     }
+}
+
+/// What a request counts for in the queue, when it ends at length `limit`.
+fn queue_tokens(request: &Request, limit: usize) -> usize {
+    if request.max_tokens.is_some() { limit } else { limit.min(request.prompt.len() + OPEN_OUTPUT_TOKENS) }
 }

@@ -11,6 +11,12 @@ pub struct Stats {
     pub running: usize,
     /// Sequences that wait.
     pub waiting: usize,
+    /// Their tokens, prompts and outputs at most.
+    pub waiting_tokens: usize,
+    /// Tokens served a second while there was work, lately. 0: not measured yet.
+    pub tokens_per_second: u64,
+    /// When somebody who is refused now is likely to find a place. Zero: there is one.
+    pub retry_after: Duration,
     /// Blocks of the full-attention pool that sequences hold, or that return when a step is acknowledged.
     pub full_blocks_used: usize,
     /// Blocks of the full-attention pool.
@@ -48,6 +54,8 @@ pub struct Totals {
     pub failed: u64,
     /// Requests refused at the door.
     pub refused: u64,
+    /// Requests that waited for too long.
+    pub expired: u64,
     /// From plan made to result applied, summed over steps.
     pub step_time: Duration,
 }

@@ -41,6 +41,8 @@ const INTEGRITY_INTERVAL: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// Plans in flight.
 const WINDOW: usize = 2;
+/// Output tokens for which a running sequence keeps room when others are admitted: a short answer is never preempted.
+const OUTPUT_HORIZON: usize = 256;
 
 /// Where the group is in its life.
 #[derive(Debug)]
@@ -108,7 +110,7 @@ impl Group {
         limits: Limits,
         epochs: Epochs,
     ) -> Result<(Self, watch::Receiver<v1::DeploymentLoad>), Fault> {
-        let engine = Engine::new(engine_config(&deployment))?;
+        let engine = Engine::new(engine_config(&deployment, &limits))?;
         let roster = Roster::new(deployment.world_size(), deployment.layout.parallelism().to_string());
         let (published, load) = watch::channel(v1::DeploymentLoad::default());
         let group = Self {
@@ -207,6 +209,7 @@ impl Group {
         }
         self.check_deadlines(now);
         self.cancel_slow_readers(now);
+        self.expire_queued(now);
         self.check_integrity(now);
         self.publish();
     }
@@ -263,7 +266,7 @@ impl Group {
     }
 }
 
-fn engine_config(deployment: &Deployment) -> EngineConfig {
+fn engine_config(deployment: &Deployment, limits: &Limits) -> EngineConfig {
     let demand = &deployment.demand;
     EngineConfig {
         block_size: demand.block_size,
@@ -272,6 +275,9 @@ fn engine_config(deployment: &Deployment) -> EngineConfig {
         max_num_batched_tokens: demand.max_num_batched_tokens,
         max_num_seqs: demand.max_num_seqs,
         max_num_queued_reqs: deployment.config.max_num_queued_reqs,
+        max_queued_tokens: deployment.config.max_queued_tokens,
+        max_queue_age: limits.max_queue_age,
+        output_horizon: OUTPUT_HORIZON,
         window: WINDOW,
         enable_prefix_caching: demand.enable_prefix_caching,
         has_full_layers: deployment.has_layers(LayerKind::FullAttention),

@@ -66,7 +66,11 @@ pub(super) fn load(group: &Group) -> v1::DeploymentLoad {
         kv_blocks: fuller.1,
         totals: Some(totals(group, &stats.totals)),
         ranks: ranks(group),
-        ..Default::default()
+        waiting_tokens: stats.waiting_tokens as u64,
+        max_waiting_tokens: group.deployment.config.max_queued_tokens as u64,
+        tokens_per_second: stats.tokens_per_second,
+        retry_after_ms: stats.retry_after.as_millis() as u64,
+        max_queue_age_ms: group.limits.max_queue_age.as_millis() as u64,
     }
 }
 
@@ -82,6 +86,7 @@ fn totals(group: &Group, engine: &crate::engine::Totals) -> v1::Totals {
         finished_length: engine.finished_length,
         finished_aborted: engine.finished_aborted,
         refused: engine.refused,
+        expired: engine.expired,
         ..Default::default()
     };
     group.instruments.add_to(&mut totals);

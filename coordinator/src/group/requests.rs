@@ -74,6 +74,12 @@ impl Group {
         }
     }
 
+    /// Refuses requests that have waited for too long without being served.
+    pub(super) fn expire_queued(&mut self, now: Duration) {
+        self.engine.expire(now);
+        self.deliver_due();
+    }
+
     /// Ends requests whose clients have stopped reading.
     pub(super) fn cancel_slow_readers(&mut self, now: Duration) {
         for sequence in self.clients.flush(self.limits.client_stall, now) {

@@ -1,5 +1,7 @@
 //! From the wire's `GenerateRequest` to a request that the engine can take: after this, nothing in it is out of range.
 
+use std::num::NonZeroU32;
+
 use phalanx_proto::{
     fault::{Fault, FaultKind},
     ids::TokenId,
@@ -8,10 +10,15 @@ use phalanx_proto::{
 };
 
 use super::draw;
-use crate::{config::Deployment, engine::Request};
+use crate::{
+    config::Deployment,
+    engine::{MAX_WEIGHT, Request, Tenant},
+};
 
 /// Longest request id and cache salt, in bytes.
 const MAX_NAME_BYTES: usize = 256;
+/// Longest tenant id, in bytes.
+const MAX_TENANT_BYTES: usize = 64;
 
 /// Checks a message against the model it is for. `traceparent` names the span that the ranks' spans belong to.
 ///
@@ -37,8 +44,9 @@ pub(super) fn check(
         let text = format!("stop_token_ids has {stop} entries, expected at most {MAX_STOP_TOKENS}");
         return Err(Fault::invalid("stop_token_ids", text));
     }
-    short("request_id", &message.request_id)?;
-    short("cache_salt", &message.cache_salt)?;
+    short("request_id", &message.request_id, MAX_NAME_BYTES)?;
+    short("cache_salt", &message.cache_salt, MAX_NAME_BYTES)?;
+    let tenant = tenant(message.tenant.unwrap_or_default())?;
     let sampling = SamplingSettings::check(&message.sampling.unwrap_or_default(), vocab_size, draw())?;
     if let Some(most) = message.max_tokens.filter(|&most| sampling.min_tokens > most) {
         let text = format!("min_tokens is {}, expected at most max_tokens, which is {most}", sampling.min_tokens);
@@ -53,17 +61,28 @@ pub(super) fn check(
         max_tokens: message.max_tokens.map(|most| most as usize),
         stop_tokens: tokens("stop_token_ids", message.stop_token_ids, vocab_size)?,
         sampling,
+        tenant,
         priority: message.priority,
         cache_salt: message.cache_salt,
         traceparent,
     })
 }
 
-fn short(field: &str, text: &str) -> Result<(), Fault> {
-    if text.len() <= MAX_NAME_BYTES {
+fn short(field: &str, text: &str, most: usize) -> Result<(), Fault> {
+    if text.len() <= most {
         return Ok(());
     }
-    Err(Fault::invalid(field, format!("{field} is {} bytes long, expected at most {MAX_NAME_BYTES}", text.len())))
+    Err(Fault::invalid(field, format!("{field} is {} bytes long, expected at most {most}", text.len())))
+}
+
+fn tenant(message: v1::Tenant) -> Result<Tenant, Fault> {
+    short("tenant.id", &message.id, MAX_TENANT_BYTES)?;
+    if message.weight > MAX_WEIGHT {
+        let text = format!("tenant.weight is {}, expected at most {MAX_WEIGHT}", message.weight);
+        return Err(Fault::invalid("tenant.weight", text));
+    }
+    let weight = NonZeroU32::new(message.weight).unwrap_or(NonZeroU32::MIN);
+    Ok(Tenant { id: message.id, weight })
 }
 
 fn tokens(field: &str, ids: Vec<u32>, vocab_size: usize) -> Result<Vec<TokenId>, Fault> {

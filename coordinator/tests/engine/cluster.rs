@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use phalanx_coordinator::engine::{Engine, EngineConfig, Event, Request};
+use phalanx_coordinator::engine::{Engine, EngineConfig, Event, Request, Tenant};
 use phalanx_proto::{
     fault::Fault,
     ids::{Epoch, SequenceId, TokenId},
@@ -27,6 +27,10 @@ pub(crate) fn small_config() -> EngineConfig {
         max_num_batched_tokens: 24,
         max_num_seqs: 6,
         max_num_queued_reqs: 100,
+        max_queued_tokens: 1 << 20,
+        max_queue_age: Duration::MAX,
+        // Room is promised to nobody, so that it runs short often.
+        output_horizon: 0,
         window: 2,
         enable_prefix_caching: true,
     }
@@ -41,6 +45,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         max_tokens: Some(max_tokens),
         stop_tokens: Vec::new(),
         sampling: settings(v1::Sampling::default()),
+        tenant: Tenant::default(),
         priority: 0,
         cache_salt: String::new(),
         traceparent: String::new(),
@@ -81,6 +86,7 @@ pub(crate) struct Heard {
     pub(crate) prompt_positions: Vec<u32>,
     pub(crate) finished: Option<FinishReason>,
     pub(crate) failed: bool,
+    pub(crate) fault: Option<Fault>,
     pub(crate) finished_at: Option<u64>,
 }
 
@@ -155,6 +161,13 @@ impl Cluster {
     pub(crate) fn turn(&mut self) -> bool {
         while self.plan().is_some() {}
         self.apply()
+    }
+
+    /// Lets time pass in which nothing else happens.
+    pub(crate) fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.engine.expire(self.now);
+        self.listen();
     }
 
     pub(crate) fn end_epoch(&mut self) {
@@ -242,7 +255,11 @@ impl Cluster {
                     heard.finished = Some(reason);
                     heard.finished_at = Some(steps);
                 }
-                Event::Failed { sequence, .. } => self.heard_of(sequence).failed = true,
+                Event::Failed { sequence, fault } => {
+                    let heard = self.heard_of(sequence);
+                    heard.failed = true;
+                    heard.fault = Some(fault);
+                }
             }
         }
     }

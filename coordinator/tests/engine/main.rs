@@ -4,6 +4,7 @@
 
 mod cluster;
 mod edges;
+mod fairness;
 mod properties;
 mod rank;
 mod scheduling;

@@ -25,6 +25,9 @@ fn a_decode_step_of_256_sequences_is_planned_and_applied_within_200_microseconds
         max_num_batched_tokens: 2048,
         max_num_seqs: 256,
         max_num_queued_reqs: 256,
+        max_queued_tokens: usize::MAX,
+        max_queue_age: Duration::MAX,
+        output_horizon: 256,
         window: 2,
         enable_prefix_caching: true,
     };

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use phalanx_coordinator::engine::{Engine, EngineConfig, Event, Request};
+use phalanx_coordinator::engine::{Engine, EngineConfig, Event, Request, Tenant};
 use phalanx_proto::{
     checkpoint::Checkpoint,
     geometry::{Geometry, LayerKind},
@@ -279,6 +279,7 @@ impl<'a> Bench<'a> {
             max_tokens: Some(self.args.output_len.max(2)),
             stop_tokens: Vec::new(),
             sampling: SamplingSettings::check(&sampling, self.vocab_size, 0)?,
+            tenant: Tenant::default(),
             priority: 0,
             cache_salt: String::new(),
             traceparent: String::new(),
@@ -334,6 +335,10 @@ fn engine_config(geometry: &Geometry, args: &BenchArgs) -> Result<EngineConfig> 
         max_num_batched_tokens: MAX_BATCH_TOKENS.max(most),
         max_num_seqs: most,
         max_num_queued_reqs: most,
+        max_queued_tokens: usize::MAX,
+        max_queue_age: Duration::MAX,
+        // There is room for every sequence at its full length.
+        output_horizon: 0,
         window: 2,
         // Every prompt is computed: nothing is measured that was only looked up.
         enable_prefix_caching: false,
