@@ -10,9 +10,12 @@ use phalanx_proto::{
 };
 use thiserror::Error;
 
-use crate::planner::{
-    self,
-    pools::{BlockBytes, KvDemand},
+use crate::{
+    membership::MembershipConfig,
+    planner::{
+        self,
+        pools::{BlockBytes, KvDemand},
+    },
 };
 
 /// Largest context that is accepted, in tokens; positions are 32 bits wide on the wire.
@@ -102,8 +105,8 @@ impl FromStr for Backend {
 pub struct Config {
     /// At least one; served names differ.
     pub deployments: Vec<DeploymentConfig>,
-    /// Where the last epoch is kept. Absent: in memory only.
-    pub state_dir: Option<PathBuf>,
+    /// Whether it is the only coordinator, and where epochs come from.
+    pub membership: MembershipConfig,
     /// Waits and limits common to all deployments.
     pub limits: Limits,
 }

@@ -23,7 +23,7 @@ mod requests;
 mod roster;
 mod stepping;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use phalanx_proto::{
     fault::{Fault, FaultKind},
@@ -44,7 +44,7 @@ pub(crate) use self::{
 use crate::{
     config::{Deployment, Limits},
     engine,
-    membership::{EpochError, embedded::EpochSource},
+    membership::{EpochError, Membership},
 };
 
 /// Messages that may wait for a group's task; whoever sends more waits.
@@ -108,22 +108,16 @@ fn gone() -> Fault {
 
 /// Issues epochs to all groups of one coordinator.
 #[derive(Clone, Debug)]
-pub(crate) struct Epochs(Arc<Mutex<EpochSource>>);
+pub(crate) struct Epochs(Arc<dyn Membership>);
 
 impl Epochs {
-    pub(crate) fn new(source: EpochSource) -> Self {
-        Self(Arc::new(Mutex::new(source)))
+    pub(crate) fn new(membership: Arc<dyn Membership>) -> Self {
+        Self(membership)
     }
 
-    /// The next epoch, greater than `seen`; on disk when this returns, if it is kept there.
+    /// The next epoch, greater than `seen`; recorded when this returns.
     async fn next(&self, seen: Epoch) -> Result<Epoch, EpochError> {
-        let source = Arc::clone(&self.0);
-        // Syncing a file blocks. The lock is taken and given back on that thread.
-        let issue = move || source.lock().unwrap_or_else(PoisonError::into_inner).next(seen);
-        tokio::task::spawn_blocking(issue).await.unwrap_or_else(|source| {
-            let source = std::io::Error::other(source);
-            Err(EpochError::Io { action: "write", path: "epoch".into(), source })
-        })
+        self.0.next_epoch(seen).await
     }
 }
 

@@ -5,10 +5,16 @@ use std::{sync::Arc, time::Duration};
 use anyhow::Context;
 use futures::future::{join_all, select_all};
 use phalanx_proto::v1::{self, GroupState, cluster_server::ClusterServer, inference_server::InferenceServer};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::{AbortHandle, JoinHandle},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{
+    Request,
     server::NamedService,
+    service::interceptor::InterceptedService,
     transport::{Server, server::TcpIncoming},
 };
 use tonic_health::{ServingStatus, pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTOR_SET, server::HealthReporter};
@@ -17,7 +23,7 @@ use tracing::info;
 use crate::{
     config::{Config, Deployment},
     group::{self, Epochs, GroupHandle},
-    membership::embedded::EpochSource,
+    membership::{self, Deposed, Role},
     services::{Groups, cluster::ClusterService, inference::InferenceService},
 };
 
@@ -36,25 +42,34 @@ const LINGER: Duration = Duration::from_secs(2);
 /// out of time.
 ///
 /// # Errors
-/// When a deployment cannot be served, the state directory cannot be used, or the server breaks down.
+/// When a deployment cannot be served, the membership cannot be used, or the server breaks down. When another
+/// coordinator was elected, the error is [`Deposed`].
 pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
     let opened = config.clone();
-    let (deployments, epochs) = tokio::task::spawn_blocking(move || open(&opened)).await.context("opening")??;
+    let deployments = tokio::task::spawn_blocking(move || opened.open()).await.context("opening")??;
     let address = listener.local_addr().context("reading the address that the coordinator listens on")?;
+    let membership = membership::start(&config.membership, address).await?;
     // Ends the groups also when it is not the caller who asked for it.
     let stop = shutdown.child_token();
-    let (groups, tasks) = spawn_groups(&config, deployments, &Epochs::new(epochs), &stop)?;
+    let (groups, tasks) = spawn_groups(&config, deployments, &Epochs::new(Arc::clone(&membership)), &stop)?;
+    let fates: Vec<AbortHandle> = tasks.iter().map(JoinHandle::abort_handle).collect();
     info!(%address, "coordinator listens");
     let end = CancellationToken::new();
-    let mut server = tokio::spawn(serve(groups, listener, end.clone()));
+    let mut server = tokio::spawn(serve(groups, membership.role(), listener, end.clone()));
     let outcome = tokio::select! {
         outcome = supervise(tasks, &stop) => outcome,
+        deposed = until_deposed(membership.role()) => {
+            // At once and without draining: workers fence and clients go elsewhere when their streams end.
+            fates.iter().for_each(AbortHandle::abort);
+            Err(deposed.into())
+        }
         served = &mut server => {
             stop.cancel();
             served.context("the server's task broke down")??;
             anyhow::bail!("the gRPC server ended although nobody asked it to");
         }
     };
+    membership.resign().await;
     end.cancel();
     match tokio::time::timeout(LINGER, &mut server).await {
         Ok(served) => served.context("the server's task broke down")??,
@@ -66,10 +81,12 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationTo
     outcome
 }
 
-fn open(config: &Config) -> anyhow::Result<(Vec<Deployment>, EpochSource)> {
-    let deployments = config.open()?;
-    let epochs = config.state_dir.as_deref().map_or_else(|| Ok(EpochSource::in_memory()), EpochSource::open)?;
-    Ok((deployments, epochs))
+async fn until_deposed(mut role: watch::Receiver<Role>) -> Deposed {
+    match role.wait_for(|role| matches!(role, Role::Deposed(_))).await.as_deref() {
+        Ok(Role::Deposed(why)) => Deposed(why.clone()),
+        // A membership that has ended deposes nobody.
+        _ => std::future::pending().await,
+    }
 }
 
 fn spawn_groups(
@@ -103,9 +120,14 @@ async fn supervise(tasks: Vec<JoinHandle<()>>, stop: &CancellationToken) -> anyh
     Ok(())
 }
 
-async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) -> anyhow::Result<()> {
+async fn serve(
+    groups: Groups,
+    role: watch::Receiver<Role>,
+    listener: TcpListener,
+    end: CancellationToken,
+) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    let watcher = tokio::spawn(report_health(Arc::clone(&groups), reporter));
+    let watcher = tokio::spawn(report_health(Arc::clone(&groups), role.clone(), reporter));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
@@ -116,6 +138,10 @@ async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) ->
     let reflection_v1alpha = reflection().build_v1alpha().context("building the reflection service")?;
     let inference = InferenceServer::new(InferenceService { groups: Arc::clone(&groups) });
     let cluster = ClusterServer::new(ClusterService { groups });
+    let guard = move |request: Request<()>| {
+        role.borrow().check()?;
+        Ok(request)
+    };
     // A token goes out alone; waiting to fill a packet would cost more than a step.
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
@@ -125,8 +151,8 @@ async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) ->
         .add_service(health)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)
-        .add_service(inference.max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(cluster.max_decoding_message_size(MAX_RESULT_BYTES))
+        .add_service(InterceptedService::new(inference.max_decoding_message_size(MAX_REQUEST_BYTES), guard.clone()))
+        .add_service(InterceptedService::new(cluster.max_decoding_message_size(MAX_RESULT_BYTES), guard))
         .serve_with_incoming_shutdown(incoming, end.cancelled_owned())
         .await
         .context("serving gRPC")?;
@@ -134,22 +160,29 @@ async fn serve(groups: Groups, listener: TcpListener, end: CancellationToken) ->
     Ok(())
 }
 
-/// Says `SERVING` for the server as a whole and for `Inference` while every group is ready. `Cluster` always serves.
-async fn report_health(groups: Groups, reporter: HealthReporter) {
-    reporter.set_service_status(ClusterServer::<ClusterService>::NAME, ServingStatus::Serving).await;
+/// Says `SERVING` for `Cluster` while this coordinator leads, and for the server as a whole and for `Inference` while
+/// every group is ready, too.
+async fn report_health(groups: Groups, mut role: watch::Receiver<Role>, reporter: HealthReporter) {
+    const CLUSTER: &str = ClusterServer::<ClusterService>::NAME;
+    const INFERENCE: &str = InferenceServer::<InferenceService>::NAME;
     let mut loads: Vec<_> = groups.iter().map(|group| group.load.clone()).collect();
     let mut last = None;
     loop {
-        let ready = loads.iter_mut().all(|load| load.borrow_and_update().state() == GroupState::Ready);
-        if last.replace(ready) != Some(ready) {
-            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for service in ["", InferenceServer::<InferenceService>::NAME] {
+        let leads = *role.borrow_and_update() == Role::Leading;
+        let ready = leads && loads.iter_mut().all(|load| load.borrow_and_update().state() == GroupState::Ready);
+        if last.replace((leads, ready)) != Some((leads, ready)) {
+            for (service, serves) in [("", ready), (INFERENCE, ready), (CLUSTER, leads)] {
+                let status = if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
                 reporter.set_service_status(service, status).await;
             }
         }
         let changes = loads.iter_mut().map(|load| Box::pin(load.changed()));
-        if select_all(changes).await.0.is_err() {
-            // A group has ended, and with it soon the process.
+        let goes_on = tokio::select! {
+            (change, _, _) = select_all(changes) => change.is_ok(),
+            change = role.changed() => change.is_ok(),
+        };
+        if !goes_on {
+            // A group or the membership has ended, and with it soon the process.
             reporter.set_service_status("", ServingStatus::NotServing).await;
             return;
         }

@@ -48,7 +48,7 @@ pub(crate) fn deployment(world_size: usize) -> DeploymentConfig {
 impl Cluster {
     /// A coordinator without workers.
     pub(crate) async fn start(deployment: DeploymentConfig, limits: Limits) -> Self {
-        Self::start_with(Config { deployments: vec![deployment], state_dir: None, limits }).await
+        Self::start_with(Config { deployments: vec![deployment], limits, ..Config::default() }).await
     }
 
     pub(crate) async fn start_with(config: Config) -> Self {

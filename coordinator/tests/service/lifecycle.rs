@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use phalanx_coordinator::{Config, Limits};
+use phalanx_coordinator::{Config, Limits, membership::MembershipConfig};
 use phalanx_proto::{
     fault::{Fault, FaultKind},
     v1::{self, GroupState, inference_client::InferenceClient},
@@ -147,8 +147,10 @@ async fn workers_that_do_not_belong_are_refused_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn epochs_exceed_what_workers_and_earlier_coordinators_have_seen() {
     let state = tempfile::tempdir().unwrap();
-    let config =
-        || Config { deployments: vec![deployment(1)], state_dir: Some(state.path().to_owned()), limits: limits() };
+    let config = || {
+        let membership = MembershipConfig::Directory(state.path().to_owned());
+        Config { deployments: vec![deployment(1)], membership, limits: limits(), ..Config::default() }
+    };
     let mut cluster = Cluster::start_with(config()).await;
     let mut nature = cluster.nature(None);
     nature.hello.highest_epoch = 7;
@@ -188,7 +190,7 @@ async fn reflection_and_models_say_what_is_served() {
 async fn two_models_are_served_side_by_side() {
     let mut second = deployment(1);
     second.served_model_name = "another".into();
-    let config = Config { deployments: vec![deployment(1), second], state_dir: None, limits: limits() };
+    let config = Config { deployments: vec![deployment(1), second], limits: limits(), ..Config::default() };
     let mut cluster = Cluster::start_with(config).await;
     let _first = cluster.worker(None);
     cluster.wait_for(|load| load.state() == GroupState::Ready).await;

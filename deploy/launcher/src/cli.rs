@@ -5,6 +5,8 @@ use std::{ffi::OsString, net::IpAddr, path::PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::etcd::EtcdArgs;
+
 /// Serves OpenAI's gpt-oss models across several processes and GPUs.
 #[derive(Debug, Parser)]
 #[command(name = "phalanx", version, args_override_self = true)]
@@ -282,6 +284,8 @@ pub(crate) struct CoordinatorArgs {
     /// What the group's workers compute with.
     #[arg(long, value_enum, default_value = "cpu", env = "PHALANX_BACKEND")]
     pub backend: Backend,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Address and port of the gRPC door.
     #[arg(long, default_value = "127.0.0.1:7000", env = "PHALANX_LISTEN")]
     pub listen: std::net::SocketAddr,

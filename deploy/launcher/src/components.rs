@@ -61,7 +61,8 @@ fn coordinator_config(args: &CoordinatorArgs) -> Result<phalanx_coordinator::Con
         drain_grace: Duration::from_secs(args.shutdown_timeout),
         ..Default::default()
     };
-    Ok(phalanx_coordinator::Config { deployments: vec![deployment], state_dir: scheduler.state_dir.clone(), limits })
+    let membership = args.etcd.membership(scheduler.state_dir.clone())?;
+    Ok(phalanx_coordinator::Config { deployments: vec![deployment], membership, limits })
 }
 
 /// Runs a worker until it is told to stop.

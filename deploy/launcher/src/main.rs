@@ -8,6 +8,7 @@
 //! | [`models`] | where a model's directory is found |
 //! | [`serve`], [`supervisor`], [`progress`] | the cluster as child processes |
 //! | [`components`] | one coordinator, worker or gateway |
+//! | [`etcd`] | how several coordinators meet |
 //! | [`telemetry`] | logs and traces |
 //! | [`plan`], [`bench`](mod@bench), [`chat`], [`harmony`] | the tools |
 
@@ -16,6 +17,7 @@ mod chat;
 mod cli;
 mod components;
 mod config_file;
+mod etcd;
 mod harmony;
 mod models;
 mod plan;
