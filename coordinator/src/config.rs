@@ -1,11 +1,12 @@
 //! What a coordinator is told: as given, and checked.
 
-use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use phalanx_proto::{
     checkpoint::{Checkpoint, CheckpointError},
     geometry::LayerKind,
     layout::{Layout, LayoutError, Parallelism},
+    tls::Identity,
     v1,
 };
 use thiserror::Error;
@@ -107,6 +108,8 @@ pub struct Config {
     pub deployments: Vec<DeploymentConfig>,
     /// Whether it is the only coordinator, and where epochs come from.
     pub membership: MembershipConfig,
+    /// Certificate to show; clients must then show one of the same authority. Absent: plain connections.
+    pub tls: Option<Arc<Identity>>,
     /// Waits and limits common to all deployments.
     pub limits: Limits,
 }
@@ -174,6 +177,9 @@ pub struct Limits {
     pub prepare_timeout: Duration,
     /// Wait for all workers to form, KV cache and collective included.
     pub form_timeout: Duration,
+    /// Silence after which a worker is dropped: all of them give a sign of life every second. Seconds and not less, so
+    /// that a loaded machine raises no false alarms.
+    pub silence: Duration,
     /// Silence after which a loading worker is dropped.
     pub load_silence: Duration,
     /// How long a client may leave its stream unread.
@@ -195,6 +201,7 @@ impl Default for Limits {
             step_deadline_per_token: None,
             prepare_timeout: Duration::from_secs(3),
             form_timeout: Duration::from_secs(120),
+            silence: Duration::from_secs(5),
             load_silence: Duration::from_secs(60),
             client_stall: Duration::from_secs(30),
             group_stall: Duration::from_secs(120),

@@ -8,12 +8,14 @@
 //! | `group` | the life of one deployment's group; owns the engine |
 //! | [`membership`] | where epochs come from |
 //! | `services` | the gRPC doors: `Inference` for clients, `Cluster` for workers |
+//! | `door` | who may connect, over TLS or not, and call what |
 //! | `server` | one coordinator process, from configuration to orderly end: [`run`] |
 //! | `instruments` | everything that is counted |
 //!
 //! It does no tensor work and knows no text: prompts are token ids, and a grammar is a mask over the vocabulary.
 
 pub mod config;
+mod door;
 pub mod engine;
 mod group;
 mod instruments;

@@ -4,24 +4,32 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures::future::{join_all, select_all};
-use phalanx_proto::v1::{self, GroupState, cluster_server::ClusterServer, inference_server::InferenceServer};
+use phalanx_proto::{
+    tls::Door,
+    v1::{self, GroupState, cluster_server::ClusterServer, inference_server::InferenceServer},
+};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     sync::watch,
     task::{AbortHandle, JoinHandle},
 };
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Request,
     server::NamedService,
     service::interceptor::InterceptedService,
-    transport::{Server, server::TcpIncoming},
+    transport::{
+        Server,
+        server::{Connected, TcpIncoming},
+    },
 };
 use tonic_health::{ServingStatus, pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTOR_SET, server::HealthReporter};
 use tracing::info;
 
 use crate::{
     config::{Config, Deployment},
+    door,
     group::{self, Epochs, GroupHandle},
     membership::{self, Deposed, Role},
     services::{Groups, cluster::ClusterService, inference::InferenceService},
@@ -55,7 +63,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationTo
     let fates: Vec<AbortHandle> = tasks.iter().map(JoinHandle::abort_handle).collect();
     info!(%address, "coordinator listens");
     let end = CancellationToken::new();
-    let mut server = tokio::spawn(serve(groups, membership.role(), listener, end.clone()));
+    let mut server = tokio::spawn(open_door(config, groups, membership.role(), listener, end.clone()));
     let outcome = tokio::select! {
         outcome = supervise(tasks, &stop) => outcome,
         deposed = until_deposed(membership.role()) => {
@@ -120,12 +128,33 @@ async fn supervise(tasks: Vec<JoinHandle<()>>, stop: &CancellationToken) -> anyh
     Ok(())
 }
 
-async fn serve(
+/// Serves over TLS and by roles if the configuration says so, else whoever connects.
+async fn open_door(
+    config: Config,
     groups: Groups,
     role: watch::Receiver<Role>,
     listener: TcpListener,
     end: CancellationToken,
 ) -> anyhow::Result<()> {
+    match config.tls {
+        Some(identity) => serve(groups, role, door::guarded(listener, identity.server_config()?), true, end).await,
+        // A token goes out alone; waiting to fill a packet would cost more than a step.
+        None => serve(groups, role, TcpIncoming::from(listener).with_nodelay(Some(true)), false, end).await,
+    }
+}
+
+/// Serves what comes in; `guarded` says whether connections carry certificates, whose roles then open the doors.
+async fn serve<I, IO>(
+    groups: Groups,
+    role: watch::Receiver<Role>,
+    incoming: I,
+    guarded: bool,
+    end: CancellationToken,
+) -> anyhow::Result<()>
+where
+    I: Stream<Item = std::io::Result<IO>>,
+    IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let (reporter, health) = tonic_health::server::health_reporter();
     let watcher = tokio::spawn(report_health(Arc::clone(&groups), role.clone(), reporter));
     let reflection = || {
@@ -138,12 +167,14 @@ async fn serve(
     let reflection_v1alpha = reflection().build_v1alpha().context("building the reflection service")?;
     let inference = InferenceServer::new(InferenceService { groups: Arc::clone(&groups) });
     let cluster = ClusterServer::new(ClusterService { groups });
-    let guard = move |request: Request<()>| {
-        role.borrow().check()?;
-        Ok(request)
+    let guard = |door| {
+        let role = role.clone();
+        move |request| {
+            let request = if guarded { door::check_role(request, door)? } else { request };
+            role.borrow().check()?;
+            Ok(request)
+        }
     };
-    // A token goes out alone; waiting to fill a packet would cost more than a step.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
@@ -151,8 +182,11 @@ async fn serve(
         .add_service(health)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)
-        .add_service(InterceptedService::new(inference.max_decoding_message_size(MAX_REQUEST_BYTES), guard.clone()))
-        .add_service(InterceptedService::new(cluster.max_decoding_message_size(MAX_RESULT_BYTES), guard))
+        .add_service(InterceptedService::new(
+            inference.max_decoding_message_size(MAX_REQUEST_BYTES),
+            guard(Door::Inference),
+        ))
+        .add_service(InterceptedService::new(cluster.max_decoding_message_size(MAX_RESULT_BYTES), guard(Door::Cluster)))
         .serve_with_incoming_shutdown(incoming, end.cancelled_owned())
         .await
         .context("serving gRPC")?;
