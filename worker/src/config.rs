@@ -54,8 +54,8 @@ impl FromStr for BackendKind {
 /// A worker's settings.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Address of the coordinator: `http://host:port` or `host:port`.
-    pub coordinator: String,
+    /// Addresses of coordinators, at least one, of which one leads: `http://host:port` or `host:port`.
+    pub coordinators: Vec<String>,
     /// The deployment to work for.
     pub deployment: String,
     /// Directory of the checkpoint, in the Hugging Face layout.
@@ -79,7 +79,7 @@ impl Config {
     /// collective that only this host reaches.
     pub fn new(coordinator: &str, deployment: &str, model_dir: PathBuf) -> Self {
         Self {
-            coordinator: coordinator.to_owned(),
+            coordinators: vec![coordinator.to_owned()],
             deployment: deployment.to_owned(),
             model_dir,
             backend: BackendKind::Cpu,
@@ -97,9 +97,10 @@ impl Config {
     /// One fault of kind `InvalidArgument` that names all settings at fault.
     pub fn check(&self) -> Result<(), Fault> {
         let mut problems = Vec::new();
-        if let Err(problem) = self.uri() {
-            problems.push(problem);
+        if self.coordinators.is_empty() {
+            problems.push("coordinators is empty, expected at least one address".to_owned());
         }
+        problems.extend(self.coordinators.iter().filter_map(|address| self.uri(address).err()));
         if self.deployment.is_empty() {
             problems.push("deployment is empty, expected a model name".to_owned());
         }
@@ -120,10 +121,9 @@ impl Config {
         }
     }
 
-    /// The coordinator's address.
-    pub(crate) fn uri(&self) -> Result<Uri, String> {
-        let text = &self.coordinator;
-        let address = if text.contains("://") { text.clone() } else { format!("http://{text}") };
+    /// A coordinator's address, checked.
+    pub(crate) fn uri(&self, text: &str) -> Result<Uri, String> {
+        let address = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
         let uri = Uri::from_str(&address).map_err(|error| format!("coordinator is {text:?}: {error}"))?;
         match (uri.scheme_str(), uri.port_u16()) {
             (Some("http"), Some(_)) => Ok(uri),

@@ -337,7 +337,7 @@ async fn a_worker_waits_for_its_coordinator_and_stops_when_told() {
     let address = Coordinator::listen().await.address;
     let shutdown = CancellationToken::new();
     let mut coordinator = Coordinator::listen().await;
-    let unreachable = Config { coordinator: address.to_string(), ..config(coordinator.address, 0) };
+    let unreachable = Config { coordinators: vec![address.to_string()], ..config(coordinator.address, 0) };
     let waiting = tokio::spawn(join::run(unreachable, shutdown.clone()));
     // Another worker gets through its whole start meanwhile.
     let member = start_first(&mut coordinator).await;

@@ -308,9 +308,9 @@ pub(crate) struct WorkerArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// The coordinator's gRPC door.
-    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR")]
-    pub coordinator: String,
+    /// The coordinator's gRPC door; with several coordinators all of them, separated by commas.
+    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
+    pub coordinator: Vec<String>,
     /// Rank to ask for.
     #[arg(long, env = "PHALANX_RANK")]
     pub rank: Option<u32>,
@@ -327,9 +327,9 @@ pub(crate) struct GatewayArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub http: HttpArgs,
-    /// The coordinator's gRPC door.
-    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR")]
-    pub coordinator: String,
+    /// The coordinator's gRPC door; with several coordinators all of them, separated by commas.
+    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
+    pub coordinator: Vec<String>,
     /// Take the listening socket from standard input instead (as `phalanx serve` hands it over).
     #[arg(long, hide = true)]
     pub listen_stdin: bool,

@@ -80,12 +80,13 @@ fn worker_config(args: &WorkerArgs) -> Result<phalanx_worker::Config> {
     let model_dir = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
     let names = models::served_names(&model_dir, &args.model.served_model_name);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut config = phalanx_worker::Config::new(&args.coordinator, &names[0], model_dir);
+    let mut config = phalanx_worker::Config::new(&args.coordinator[0], &names[0], model_dir);
+    config.coordinators.clone_from(&args.coordinator);
     config.backend = args.device.backend.name().parse()?;
     config.threads = args.device.threads.unwrap_or(cores);
     config.rank = args.rank;
     config.memory_utilization = args.device.gpu_memory_utilization;
-    config.bind_ip = args.bind_ip.map_or_else(|| address_towards(&args.coordinator), Ok)?;
+    config.bind_ip = args.bind_ip.map_or_else(|| address_towards(&args.coordinator[0]), Ok)?;
     Ok(config)
 }
 
@@ -116,7 +117,8 @@ pub(crate) async fn gateway(args: GatewayArgs) -> Result<()> {
 
 fn gateway_config(args: &GatewayArgs) -> Result<phalanx_gateway::Config> {
     let model_dir = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
-    let mut config = phalanx_gateway::Config::new(&args.coordinator, &model_dir);
+    let mut config = phalanx_gateway::Config::new(&args.coordinator[0], &model_dir);
+    config.coordinators.clone_from(&args.coordinator);
     config.served_names = models::served_names(&model_dir, &args.model.served_model_name);
     config.current_date = args.http.current_date.parse().context("--current-date")?;
     config.reasoning_field = args.http.reasoning_field.name().parse()?;

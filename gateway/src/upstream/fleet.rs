@@ -15,9 +15,16 @@ pub(crate) struct Fleet {
     /// Kept when the coordinator is lost: names and sizes stay true.
     pub(crate) deployments: Vec<DeploymentLoad>,
     was_ready: bool,
+    /// Whether there are other coordinators to go to.
+    others: bool,
 }
 
 impl Fleet {
+    /// Nothing is known yet. `others`: whether there is more than one coordinator.
+    pub(super) fn new(others: bool) -> Self {
+        Self { others, ..Self::default() }
+    }
+
     pub(super) fn learn(&mut self, capacity: Capacity) {
         self.reachable = true;
         self.deployments = capacity.deployments;
@@ -34,9 +41,14 @@ impl Fleet {
         self.reachable && self.deployments.iter().any(|load| load.state() == GroupState::Ready)
     }
 
-    /// Whether waiting a little makes sense: a group that ran is forming again, or the coordinator is being restarted.
+    /// Whether waiting a little makes sense: a group that ran is forming again, the coordinator is being restarted, or
+    /// another one takes over from it.
     pub(super) fn may_be_ready_soon(&self) -> bool {
-        let over = |load: &DeploymentLoad| matches!(load.state(), GroupState::Failed | GroupState::Draining);
+        let over = |load: &DeploymentLoad| match load.state() {
+            GroupState::Failed => true,
+            GroupState::Draining => !self.others,
+            _ => false,
+        };
         self.was_ready && !(self.reachable && self.deployments.iter().all(over))
     }
 
@@ -109,5 +121,15 @@ mod tests {
         assert!(fleet.may_be_ready_soon() && !fleet.is_ready());
         fleet.learn(capacity(GroupState::Failed));
         assert!(!fleet.may_be_ready_soon());
+    }
+
+    #[test]
+    fn a_coordinator_that_drains_is_waited_out_only_if_there_is_another() {
+        for others in [false, true] {
+            let mut fleet = Fleet::new(others);
+            fleet.learn(capacity(GroupState::Ready));
+            fleet.learn(capacity(GroupState::Draining));
+            assert_eq!(fleet.may_be_ready_soon(), others);
+        }
     }
 }

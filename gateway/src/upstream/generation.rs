@@ -30,9 +30,11 @@ pub(crate) struct Generation {
     span: Span,
 }
 
-/// Faults after which another attempt may succeed though nothing was asked differently.
+/// Faults after which another attempt may succeed though nothing was asked differently: here, or at another coordinator.
 fn is_passing(kind: FaultKind) -> bool {
-    matches!(kind, FaultKind::NotReady | FaultKind::WorkerLost | FaultKind::CollectiveAborted | FaultKind::StaleEpoch)
+    use FaultKind::{CollectiveAborted, Draining, NotReady, StaleEpoch};
+    // Not `WorkerLost`: the coordinator says that of what it has replayed as often, or held as long, as it may.
+    matches!(kind, NotReady | Draining | CollectiveAborted | StaleEpoch)
 }
 
 impl Generation {
@@ -83,7 +85,7 @@ impl Generation {
                     Some(event) => return Some(Ok(event)),
                     None => continue,
                 },
-                Ok(None) => Fault::new(FaultKind::WorkerLost, "the coordinator broke off the stream"),
+                Ok(None) => Fault::new(FaultKind::NotReady, "the coordinator broke off the stream"),
                 Err(status) => Fault::from(&status),
             };
             if let Some(finished) = self.already_finished() {
@@ -130,7 +132,7 @@ impl Generation {
 
     /// Takes the stream up again after the tokens received, or gives back why that cannot be.
     async fn resume(&mut self, fault: Fault) -> Result<(), Fault> {
-        if !(is_passing(fault.kind) || fault.kind == FaultKind::Draining) || self.resumes >= self.upstream.resumes {
+        if !is_passing(fault.kind) || self.resumes >= self.upstream.resumes {
             return Err(fault);
         }
         self.resumes += 1;

@@ -68,7 +68,7 @@ impl Upstream {
         Ok(Self {
             clients: config.coordinators.iter().map(client_of).collect::<Result<_, tonic::transport::Error>>()?,
             active: AtomicUsize::new(0),
-            fleet: watch::Sender::new(Fleet::default()),
+            fleet: watch::Sender::new(Fleet::new(config.coordinators.len() > 1)),
             budget: RetryBudget::default(),
             timeouts: config.timeouts.clone(),
             resumes: config.limits.resumes,

@@ -28,9 +28,9 @@ const WINDOW_BYTES: u32 = 4 << 20;
 /// Longest wait for a coordinator to take the reason why there will be no worker.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Connects to the coordinator.
-pub(super) async fn dial(config: &Config) -> Result<Client, String> {
-    let endpoint = Endpoint::from(config.uri()?)
+/// Connects to a coordinator.
+pub(super) async fn dial(config: &Config, coordinator: &str) -> Result<Client, String> {
+    let endpoint = Endpoint::from(config.uri(coordinator)?)
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
@@ -49,8 +49,17 @@ fn with_sources(error: &dyn std::error::Error) -> String {
     sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
-/// Tells the coordinator why this worker will not join. Once, and only if the coordinator can be reached.
+/// Tells the coordinator that leads why this worker will not join. Once, and only if it can be reached.
 pub(super) async fn report(config: &Config, fault: &Fault) {
+    for coordinator in &config.coordinators {
+        if report_to(config, coordinator, fault).await {
+            return;
+        }
+    }
+}
+
+/// Whether this coordinator took the fault.
+async fn report_to(config: &Config, coordinator: &str, fault: &Fault) -> bool {
     let hello = v1::Hello {
         deployment: config.deployment.clone(),
         backend: config.backend.name().to_owned(),
@@ -58,7 +67,7 @@ pub(super) async fn report(config: &Config, fault: &Fault) {
         ..Default::default()
     };
     let telling = async {
-        let mut client = dial(config).await?;
+        let mut client = dial(config, coordinator).await?;
         let events = [Event::Hello(hello), fault_event(0, fault)].map(|event| v1::WorkerEvent { event: Some(event) });
         let attached = client.attach(tokio_stream::iter(events)).await.map_err(|status| status.to_string())?;
         let mut commands = attached.into_inner();
@@ -66,11 +75,13 @@ pub(super) async fn report(config: &Config, fault: &Fault) {
         while let Ok(Some(_)) = commands.message().await {}
         Ok::<(), String>(())
     };
-    match timeout(REPORT_TIMEOUT, telling).await {
+    let outcome = timeout(REPORT_TIMEOUT, telling).await;
+    match &outcome {
         Ok(Ok(())) => {}
-        Ok(Err(reason)) => debug!(reason, "the coordinator was not told of the fault"),
-        Err(_) => debug!("the coordinator did not take the fault in time"),
+        Ok(Err(reason)) => debug!(coordinator, reason, "the coordinator was not told of the fault"),
+        Err(_) => debug!(coordinator, "the coordinator did not take the fault in time"),
     }
+    matches!(outcome, Ok(Ok(())))
 }
 
 /// A fault as an event; `epoch` 0 is none.

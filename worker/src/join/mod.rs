@@ -1,4 +1,4 @@
-//! Joins a coordinator and does what it says for as long as it lives.
+//! Joins a coordinator, one of several perhaps, and does what it says for as long as it lives.
 //!
 //! The worker decides nothing. It keeps its weights when the coordinator goes away and offers them to the next one; it
 //! accepts an epoch only if that is greater than any it has seen and meant for this process.
@@ -49,24 +49,33 @@ async fn work(config: &Config) -> Result<(), Fault> {
             return Err(fault);
         }
     };
-    let mut backoff = FIRST_BACKOFF;
+    let (mut turn, mut failures, mut backoff) = (0, 0, FIRST_BACKOFF);
     loop {
-        let reason = match connection::dial(config).await {
-            Err(reason) => reason,
-            Ok(client) => match Session::attach(&mut worker, client).await? {
-                End::Left(reason) => {
-                    info!(reason, "told to leave");
-                    return Ok(());
-                }
-                End::Refused(reason) => reason,
-                End::Lost(reason) => {
-                    backoff = FIRST_BACKOFF;
-                    reason
-                }
-            },
+        let coordinator = &config.coordinators[turn % config.coordinators.len()];
+        let end = match connection::dial(config, coordinator).await {
+            Err(reason) => End::Refused(reason),
+            Ok(client) => Session::attach(&mut worker, client).await?,
         };
+        let reason = match end {
+            End::Left(reason) if config.coordinators.len() == 1 => {
+                info!(reason, "told to leave");
+                return Ok(());
+            }
+            // Of several coordinators, another one takes over from the one that shuts down.
+            End::Left(reason) | End::Lost(reason) => {
+                (failures, backoff) = (0, FIRST_BACKOFF);
+                reason
+            }
+            End::Refused(reason) => reason,
+        };
+        (turn, failures) = (turn + 1, failures + 1);
+        // Everyone is asked once before anyone is asked again.
+        if failures % config.coordinators.len() > 0 {
+            info!(coordinator, reason, "trying the next coordinator");
+            continue;
+        }
         let retry_ms = backoff.as_millis() as u64;
-        warn!(coordinator = config.coordinator, reason, retry_ms, "no coordinator");
+        warn!(coordinator, reason, retry_ms, "no coordinator");
         sleep(backoff).await;
         backoff = LONGEST_BACKOFF.min(backoff * 2);
     }
