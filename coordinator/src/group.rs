@@ -7,6 +7,8 @@
 //! | --- | --- |
 //! | `actor` | the task: messages, time, shutdown |
 //! | `formation` | attach → load → prepare → form → ready, and fencing |
+//! | `deadlines` | what takes too long |
+//! | `crashes`, `poison` | failures that come again: waits between them, and the request that may cause them |
 //! | `stepping` | plans out, acknowledgements in, events to clients |
 //! | `requests` | submit, abort, hang-up, slow readers |
 //! | `roster` | who is attached, with which rank, how far |
@@ -16,8 +18,11 @@
 
 mod actor;
 mod clients;
+mod crashes;
+mod deadlines;
 mod flight;
 mod formation;
+mod poison;
 mod report;
 mod requests;
 mod roster;

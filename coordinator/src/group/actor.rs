@@ -19,8 +19,9 @@ use tracing::{error, info, warn};
 use super::{
     Epochs, Message,
     clients::Clients,
+    crashes::Crashes,
     flight::{Flight, Pace},
-    formation::Crashes,
+    poison::Suspects,
     report,
     roster::Roster,
 };
@@ -86,6 +87,7 @@ pub(super) struct Group {
     /// Longest sequence, as far as the KV cache reaches.
     pub(super) context: usize,
     pub(super) crashes: Crashes,
+    pub(super) suspects: Suspects,
     /// Why the last epoch ended.
     pub(super) last_failure: String,
     /// Since when steps do not run; absent while they do and before they ever did.
@@ -126,6 +128,7 @@ impl Group {
             hang_ups: FuturesUnordered::new(),
             instruments: Instruments::default(),
             crashes: Crashes::default(),
+            suspects: Suspects::default(),
             last_failure: String::new(),
             stalled_since: None,
             was_ready: false,

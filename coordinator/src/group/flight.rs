@@ -26,6 +26,7 @@ pub(super) struct Flight {
     world_size: usize,
     plans: VecDeque<InFlight>,
     pace: Pace,
+    began: Duration,
     /// When the newest result was complete; a plan's time runs from then or from when it was sent.
     last_completed: Duration,
 }
@@ -85,11 +86,16 @@ impl Pace {
 
 impl Flight {
     pub(super) fn new(epoch: Epoch, world_size: usize, pace: Pace, now: Duration) -> Self {
-        Self { epoch, world_size, plans: VecDeque::new(), pace, last_completed: now }
+        Self { epoch, world_size, plans: VecDeque::new(), pace, began: now, last_completed: now }
     }
 
     pub(super) fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// When steps could begin.
+    pub(super) fn began(&self) -> Duration {
+        self.began
     }
 
     /// What was learnt about the speed of this group, for the next epoch.

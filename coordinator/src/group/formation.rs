@@ -1,6 +1,6 @@
 //! How a group comes to be, and how it ends an epoch: attach → load → prepare → form → ready, fence → form again.
 
-use std::{collections::VecDeque, time::Duration};
+use std::time::Duration;
 
 use phalanx_proto::{
     fault::{Fault, FaultKind},
@@ -20,30 +20,10 @@ use crate::planner::pools::{self, KvDemand, KvPools, PoolError};
 const MAX_HELLO_BYTES: usize = 256;
 /// Longest rendezvous; every rank gets all of them.
 const MAX_RENDEZVOUS_BYTES: usize = 64 << 10;
-/// How far back failures count.
-const CRASH_MEMORY: Duration = Duration::from_secs(60);
 /// When a stream breaks, who is gone becomes clear a moment later: forming at once would only fail again.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Waits between the second failure and the third, and at most.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
-
-/// Failed epochs of the last minute. One is repaired at once; more wait longer each time.
-#[derive(Debug, Default)]
-pub(super) struct Crashes {
-    recent: VecDeque<Duration>,
-}
-
-impl Crashes {
-    /// Counts a failure and gives how long to wait before the next formation.
-    fn record(&mut self, now: Duration) -> Duration {
-        self.recent.retain(|&then| now.saturating_sub(then) <= CRASH_MEMORY);
-        self.recent.push_back(now);
-        match self.recent.len() as u32 {
-            0 | 1 => Duration::ZERO,
-            crashes => BACKOFF.0.saturating_mul(1 << (crashes - 2).min(16)).min(BACKOFF.1),
-        }
-    }
-}
+/// Shortest wait after an epoch could not be issued.
+const REISSUE: Duration = Duration::from_millis(100);
 
 impl Group {
     /// Takes a worker in.
@@ -208,7 +188,8 @@ impl Group {
             Err(error) => {
                 self.last_failure = format!("no epoch could be issued: {error}");
                 warn!(%error, "no epoch could be issued");
-                self.phase = Phase::Gathering { not_before: now + self.crashes.record(now).max(BACKOFF.0) };
+                self.phase =
+                    Phase::Gathering { not_before: now + self.crashes.record(now, Duration::ZERO).max(REISSUE) };
             }
         }
     }
@@ -266,7 +247,11 @@ impl Group {
     pub(super) fn fence(&mut self, reason: &str) {
         let Some(epoch) = self.phase.epoch() else { return };
         let now = self.now();
-        let delay = self.crashes.record(now).max(SETTLE);
+        let ran = match &self.phase {
+            Phase::Running { flight, .. } => now.saturating_sub(flight.began()),
+            _ => Duration::ZERO,
+        };
+        let delay = self.crashes.record(now, ran).max(SETTLE);
         warn!(epoch = epoch.0, reason, delay_ms = delay.as_millis() as u64, "epoch ended");
         self.instruments.failed_epochs += 1;
         reason.clone_into(&mut self.last_failure);
@@ -274,8 +259,10 @@ impl Group {
         let ended = std::mem::replace(&mut self.phase, Phase::Gathering { not_before: now + delay });
         if let Phase::Running { flight, .. } = ended {
             self.pace = flight.pace();
+            let present = self.engine.sequences_in_flight();
             self.engine.end_epoch();
             self.stalled_since = Some(now);
+            self.judge_crash(&present, reason);
             self.give_up_exhausted(reason);
         }
     }
@@ -286,60 +273,6 @@ impl Group {
         warn!(reason, "group failed");
         self.fail_live(&Fault::new(FaultKind::NotReady, format!("the group failed: {reason}")));
         self.phase = Phase::Failed { reason };
-    }
-
-    /// Drops workers that have been silent for too long, and ends epochs whose time is up.
-    pub(super) fn check_deadlines(&mut self, now: Duration) {
-        let limits = &self.limits;
-        let silent = |member: &Member| {
-            matches!(member.load, Load::Loading { .. }) && now.saturating_sub(member.heard) > limits.load_silence
-        };
-        for id in self.roster.laggards(silent) {
-            self.dismiss(id, "it was silent while loading");
-        }
-        let limits = &self.limits;
-        match &self.phase {
-            Phase::Preparing { since, .. } if now.saturating_sub(*since) > limits.prepare_timeout => {
-                for id in self.roster.laggards(|member| member.readiness.rendezvous.is_none()) {
-                    self.dismiss(id, "it did not answer in time");
-                }
-            }
-            Phase::Forming { since, .. } if now.saturating_sub(*since) > limits.form_timeout => {
-                for id in self.roster.laggards(|member| !member.readiness.formed || member.readiness.plans.is_none()) {
-                    self.dismiss(id, "it did not form in time");
-                }
-            }
-            Phase::Running { flight, .. } => {
-                if let Some((step, waited, ranks)) = flight.overdue(now) {
-                    let ranks: Vec<u32> = ranks.iter().map(|rank| rank.0).collect();
-                    self.fence(&format!("step {step}: no answer from ranks {ranks:?} after {waited:.1?}"));
-                }
-            }
-            _ => {}
-        }
-        if self.stalled_since.is_some_and(|since| now.saturating_sub(since) > self.limits.group_stall) {
-            let text = format!("the group did not form again: {}", self.last_failure);
-            self.fail_live(&Fault::new(FaultKind::WorkerLost, text));
-        }
-    }
-
-    fn dismiss(&mut self, id: MemberId, reason: &str) {
-        let fault = Fault::new(FaultKind::WorkerLost, format!("the coordinator let this worker go: {reason}"));
-        self.lose(id, Some(fault), reason);
-    }
-
-    /// Gives everybody more time: the coordinator itself was late.
-    pub(super) fn forgive(&mut self, lateness: Duration) {
-        match &mut self.phase {
-            Phase::Preparing { since, .. } | Phase::Forming { since, .. } => *since += lateness,
-            Phase::Running { flight, .. } => flight.forgive(lateness),
-            Phase::Gathering { .. } | Phase::Failed { .. } => {}
-        }
-        self.roster.forgive(lateness);
-        self.clients.forgive(lateness);
-        if let Some(since) = &mut self.stalled_since {
-            *since += lateness;
-        }
     }
 }
 
@@ -359,17 +292,4 @@ fn check_hello(hello: &v1::Hello) -> Result<(), Fault> {
 
 fn stale(message: String) -> Fault {
     Fault::new(FaultKind::StaleEpoch, message)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_first_failure_is_repaired_at_once_and_later_ones_wait_longer() {
-        let mut crashes = Crashes::default();
-        let waits: Vec<u128> = (0..10).map(|_| crashes.record(Duration::from_secs(1)).as_millis()).collect();
-        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
-        assert_eq!(crashes.record(Duration::from_secs(62)), Duration::ZERO);
-    }
 }

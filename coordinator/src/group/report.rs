@@ -27,10 +27,16 @@ pub(super) fn detail(group: &Group) -> String {
     let now = match &group.phase {
         Phase::Gathering { .. } => gathering(group),
         Phase::Preparing { epoch, .. } | Phase::Forming { epoch, .. } => format!("forming epoch {epoch}"),
-        Phase::Running { .. } => return String::new(),
+        Phase::Running { .. } => return degraded(group),
         Phase::Failed { reason } => return reason.clone(),
     };
     if group.last_failure.is_empty() { now } else { format!("{now}; {}", group.last_failure) }
+}
+
+/// Empty for a group that runs without trouble.
+fn degraded(group: &Group) -> String {
+    let Some(failures) = group.crashes.too_many(group.now()) else { return String::new() };
+    format!("degraded: {failures} epochs failed within the last minute, the last one: {}", group.last_failure)
 }
 
 fn gathering(group: &Group) -> String {

@@ -107,7 +107,7 @@ impl Group {
         self.deliver_due();
     }
 
-    fn give_up(&mut self, sequence: SequenceId, fault: Fault) {
+    pub(super) fn give_up(&mut self, sequence: SequenceId, fault: Fault) {
         self.clients.failed(sequence, fault, self.now());
         self.engine.cancel(sequence);
     }

@@ -45,6 +45,7 @@ pub(super) struct Member {
     pub rank: Option<Rank>,
     pub load: Load,
     pub readiness: Readiness,
+    /// When it last said anything, on any stream.
     pub heard: Duration,
 }
 
@@ -164,6 +165,11 @@ impl Roster {
     /// Workers with a rank of which `lags` is true.
     pub(super) fn laggards(&self, lags: impl Fn(&Member) -> bool) -> Vec<MemberId> {
         self.ranked().filter(|(_, _, member)| lags(member)).map(|(id, _, _)| id).collect()
+    }
+
+    /// Attached workers of which `holds` is true, spares included.
+    pub(super) fn find_all(&self, holds: impl Fn(&Member) -> bool) -> Vec<MemberId> {
+        self.members.iter().filter(|(_, member)| holds(member)).map(|(&id, _)| id).collect()
     }
 
     /// Counts nobody silent for the time in which the coordinator itself could not listen.

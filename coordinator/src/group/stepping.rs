@@ -37,7 +37,9 @@ impl Group {
     /// Takes one rank's acknowledgement; results of older epochs are ignored.
     pub(super) fn step_result(&mut self, id: MemberId, result: v1::StepResult) {
         let now = self.now();
-        let Some(rank) = self.roster.get_mut(id).and_then(|member| member.rank) else { return };
+        let Some(member) = self.roster.get_mut(id) else { return };
+        member.heard = now;
+        let Some(rank) = member.rank else { return };
         let Phase::Running { flight, .. } = &mut self.phase else { return };
         if flight.epoch().0 != result.epoch {
             return;
@@ -86,9 +88,11 @@ impl Group {
                     self.clients.admitted(sequence, message, now);
                 }
                 Event::Tokens { sequence, tokens, prompt } => {
+                    self.suspect_advanced(sequence, tokens.len());
                     self.clients.tokens(sequence, v1::TokenChunk { tokens, prompt }, now);
                 }
                 Event::Finished { sequence, reason, prompt_tokens, completion_tokens, cached_tokens } => {
+                    self.suspect_ended(sequence);
                     let message = v1::Finished {
                         reason: reason.into(),
                         prompt_tokens: prompt_tokens as u32,
@@ -97,8 +101,12 @@ impl Group {
                     };
                     self.clients.finished(sequence, message, now);
                 }
-                Event::Failed { sequence, fault } => self.clients.failed(sequence, fault, now),
+                Event::Failed { sequence, fault } => {
+                    self.suspect_ended(sequence);
+                    self.clients.failed(sequence, fault, now);
+                }
             }
         }
+        self.set_suspects_apart();
     }
 }

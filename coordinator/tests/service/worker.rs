@@ -49,8 +49,13 @@ pub(crate) struct Conduct {
     pub(crate) step_us: AtomicU64,
     /// The step whose token digest it reports wrongly, once. 0: none.
     pub(crate) lie_at: AtomicU64,
-    /// Lies in the first step of this many epochs.
+    /// Lies in this many epochs, in the step of each that `lies_in` names.
     pub(crate) lies: AtomicU32,
+    pub(crate) lies_in: AtomicU64,
+    /// Lies in every step that computes a sequence whose prompt begins with this token. 0: in none.
+    pub(crate) poison: AtomicU32,
+    /// Between two signs of life.
+    pub(crate) pulse_interval: Duration,
     /// While true, it answers nothing, neither steps nor commands.
     pub(crate) hangs: watch::Sender<bool>,
     /// Sequences that it holds, after its last step.
@@ -84,6 +89,9 @@ impl Worker {
             step_us: AtomicU64::new(0),
             lie_at: AtomicU64::new(0),
             lies: AtomicU32::new(0),
+            lies_in: AtomicU64::new(1),
+            poison: AtomicU32::new(0),
+            pulse_interval: Duration::from_millis(100),
             hangs: watch::Sender::new(false),
             sequences: AtomicU64::new(0),
             traceparents: Mutex::default(),
@@ -127,6 +135,7 @@ async fn live(address: SocketAddr, nature: Nature, conduct: Arc<Conduct>) -> Res
     let incarnation = nature.hello.incarnation;
     say(Event::Hello(nature.hello)).await;
     let mut commands = client.attach(ReceiverStream::new(receiver)).await?.into_inner();
+    let _pulse = AbortOnDrop(tokio::spawn(pulse(events.clone(), Arc::clone(&conduct))));
     let (mut highest, mut rank, mut steps) = (0, 0, None);
     while let Some(command) = commands.message().await? {
         unless_hanging(&conduct).await;
@@ -170,6 +179,17 @@ async fn live(address: SocketAddr, nature: Nature, conduct: Arc<Conduct>) -> Res
     Ok(())
 }
 
+/// Gives signs of life while the worker does not hang.
+async fn pulse(events: mpsc::Sender<v1::WorkerEvent>, conduct: Arc<Conduct>) {
+    loop {
+        unless_hanging(&conduct).await;
+        if events.send(v1::WorkerEvent { event: Some(Event::Pulse(v1::Pulse {})) }).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(conduct.pulse_interval).await;
+    }
+}
+
 async fn step(mut client: ClusterClient<Channel>, join: v1::StepJoin, conduct: Arc<Conduct>) {
     let (results, receiver) = mpsc::channel(8);
     let message = |message| v1::StepMessage { message: Some(message) };
@@ -185,8 +205,9 @@ async fn step(mut client: ClusterClient<Channel>, join: v1::StepJoin, conduct: A
         conduct.traceparents.lock().unwrap().extend(plan.admit.iter().map(|admit| admit.traceparent.clone()));
         let mut result = sequences.execute(&plan);
         conduct.sequences.store(sequences.tokens.len() as u64, Ordering::Relaxed);
-        let lies = |lies: u32| lies.checked_sub(1).filter(|_| plan.step == 1);
-        if conduct.lie_at.compare_exchange(plan.step, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        let lies = |lies: u32| lies.checked_sub(1).filter(|_| plan.step == conduct.lies_in.load(Ordering::Relaxed));
+        if sequences.computes(&plan, conduct.poison.load(Ordering::Relaxed))
+            || conduct.lie_at.compare_exchange(plan.step, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
             || conduct.lies.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lies).is_ok()
         {
             result.token_digest ^= 1;
@@ -211,6 +232,12 @@ struct Sequences {
 }
 
 impl Sequences {
+    /// Whether the plan computes a sequence whose prompt begins with `token`.
+    fn computes(&self, plan: &v1::Plan, token: u32) -> bool {
+        let begins = |slice: &v1::Slice| self.tokens.get(&slice.sequence).is_some_and(|held| held.0[0] == token);
+        token != 0 && plan.slices.iter().any(begins)
+    }
+
     fn execute(&mut self, plan: &v1::Plan) -> v1::StepResult {
         for sequence in &plan.retire {
             self.tokens.remove(sequence).expect("only known sequences are retired");
