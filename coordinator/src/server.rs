@@ -90,10 +90,14 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationTo
 }
 
 async fn until_deposed(mut role: watch::Receiver<Role>) -> Deposed {
-    match role.wait_for(|role| matches!(role, Role::Deposed(_))).await.as_deref() {
-        Ok(Role::Deposed(why)) => Deposed(why.clone()),
+    let why = match role.wait_for(|role| matches!(role, Role::Deposed(_))).await.as_deref() {
+        Ok(Role::Deposed(why)) => Some(why.clone()),
+        _ => None,
+    };
+    match why {
+        Some(why) => Deposed(why),
         // A membership that has ended deposes nobody.
-        _ => std::future::pending().await,
+        None => std::future::pending().await,
     }
 }
 
