@@ -26,10 +26,10 @@ fn content_of(chunks: &[Value]) -> String {
 }
 
 #[tokio::test]
-async fn a_lost_worker_is_a_pause_and_no_token_is_lost_or_doubled() {
+async fn a_lost_coordinator_is_a_pause_and_no_token_is_lost_or_doubled() {
     let gateway = start().await;
     for after in [0, 1, 15, 21] {
-        let lost = Fault::new(FaultKind::WorkerLost, "rank 1 died");
+        let lost = Fault::new(FaultKind::NotReady, "connection reset");
         gateway.coordinator.behave(|behaviour| behaviour.fail_once = Some((after, lost)));
         let mut body = ask();
         body["stream_options"] = json!({"include_usage": true});
@@ -49,7 +49,7 @@ async fn a_lost_worker_is_a_pause_and_no_token_is_lost_or_doubled() {
 #[tokio::test]
 async fn an_end_that_was_lost_with_the_coordinator_is_still_an_end() {
     let gateway = start().await;
-    let lost = Fault::new(FaultKind::WorkerLost, "gone");
+    let lost = Fault::new(FaultKind::NotReady, "gone");
     // Chunks of one: with more tokens than the answer has, only `Finished` could be lost; so the last is cut off.
     gateway.coordinator.behave(|behaviour| {
         behaviour.answer = Some([&line("Spell tree.").completion_ids[..], &[3060]].concat());
@@ -71,6 +71,17 @@ async fn a_fault_in_mid_stream_is_an_event_and_not_an_end() {
     assert_eq!((&last["error"]["type"], &last["error"]["code"]), (&json!("server_error"), &json!("internal_error")));
     assert!(!last["error"]["message"].as_str().unwrap().contains("rank"), "no internals");
     assert!(!events.contains(&"[DONE]".to_owned()));
+}
+
+#[tokio::test]
+async fn what_the_coordinator_has_replayed_too_often_is_not_taken_up_again() {
+    let gateway = start().await;
+    let lost = Fault::new(FaultKind::WorkerLost, "given up after 4 failed epochs");
+    gateway.coordinator.behave(|behaviour| behaviour.fail_once = Some((4, lost)));
+    let events = gateway.client.open(CHAT, ask()).await.rest().await;
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "worker_lost", "{last}");
+    assert_eq!(gateway.coordinator.requests.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
