@@ -134,6 +134,7 @@ fn gateway_config(args: &GatewayArgs) -> Result<phalanx_gateway::Config> {
 /// What every component does first: logs, the bond to its parent, and a token that a signal cancels.
 fn prepare(args: &crate::cli::TelemetryArgs, role: &'static str) -> Result<(Telemetry, CancellationToken)> {
     supervisor::die_with_parent()?;
+    supervisor::give_signs_of_life()?;
     let telemetry = telemetry::init(args, role)?;
     let shutdown = CancellationToken::new();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

@@ -29,11 +29,16 @@ mod telemetry;
 use std::process::ExitCode;
 
 use clap::Parser;
+use phalanx_proto::fault::{Fault, FaultKind};
 
 use crate::cli::{Cli, Command};
 
 /// Exit status of a process whose configuration, model or machine cannot work: starting it again would not help.
 pub(crate) const EXIT_REFUSED: u8 = 78;
+/// Exit status of a process that broke down: another start may mend it. Both as in `sysexits.h`.
+pub(crate) const EXIT_BROKEN: u8 = 70;
+/// Exit status of a process whose supervisor is gone.
+pub(crate) const EXIT_ORPHANED: u8 = 75;
 
 fn main() -> ExitCode {
     let args = match config_file::expand(std::env::args_os().map(cli::spell_out).collect()) {
@@ -56,7 +61,9 @@ fn main() -> ExitCode {
 
 fn refuse(error: &anyhow::Error) -> ExitCode {
     eprintln!("phalanx: {error:#}");
-    ExitCode::from(EXIT_REFUSED)
+    let broken = |fault: &Fault| matches!(fault.kind, FaultKind::Internal | FaultKind::Diverged);
+    let broken = error.downcast_ref::<Fault>().is_some_and(broken);
+    ExitCode::from(if broken { EXIT_BROKEN } else { EXIT_REFUSED })
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
