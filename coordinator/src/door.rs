@@ -104,7 +104,7 @@ async fn shake_hands(stream: TcpStream, peer: SocketAddr, acceptor: &TlsAcceptor
         Ok(_) => match acceptor.accept(stream).into_fallible().await {
             Ok(stream) => Some(stream),
             Err((error, stream)) => {
-                let advice = advice(&error.to_string()).unwrap_or("no TLS handshake came about");
+                let advice = advice(&error).unwrap_or("no TLS handshake came about");
                 warn!(%peer, %error, "connection refused: {advice}");
                 // The alert that says why has been sent.
                 refuse(stream, &[]).await;

@@ -5,6 +5,8 @@ use std::time::Duration;
 use thiserror::Error;
 use tonic::{Code, Status, metadata::MetadataValue};
 
+use crate::tls;
+
 /// Trailing metadata key that carries a fault's kind.
 pub const FAULT_METADATA: &str = "phalanx-fault";
 
@@ -151,7 +153,10 @@ impl From<&Status> for Fault {
         };
         Self {
             kind: text(FAULT_METADATA).and_then(FaultKind::from_name).unwrap_or_else(by_code),
-            message: status.message().to_owned(),
+            message: match tls::advice(status) {
+                Some(advice) => format!("{}; {advice}", status.message()),
+                None => status.message().to_owned(),
+            },
             field: text(FIELD_METADATA).unwrap_or_default().to_owned(),
             retry_after: text(RETRY_AFTER_METADATA).and_then(|wait| wait.parse().ok()).map(Duration::from_millis),
         }

@@ -15,6 +15,7 @@
 //! has to say is part of what the processes agree on, and all of them read it alike.
 
 use std::{
+    error::Error,
     fmt,
     path::{Path, PathBuf},
     str::FromStr,
@@ -259,9 +260,9 @@ fn check_chain(chain: &[CertificateDer<'_>], roots: &[CertificateDer<'_>], role:
     }
 }
 
-/// What to do about a failed connection, as far as TLS is the reason; `text` is the whole error with its sources.
-pub fn advice(text: &str) -> Option<&'static str> {
-    const ADVICE: [(&str, &str); 9] = [
+/// What to do about a failed connection, as far as TLS is the reason.
+pub fn advice(error: &dyn Error) -> Option<&'static str> {
+    const ADVICE: [(&str, &str); 12] = [
         ("invalidcontenttype", "the other side does not speak TLS: start it with --tls, or this process without"),
         ("unknownissuer", "another authority has signed its certificate: use one `phalanx ca` directory"),
         ("badsignature", "another authority has signed its certificate: use one `phalanx ca` directory"),
@@ -271,15 +272,24 @@ pub fn advice(text: &str) -> Option<&'static str> {
         ("unknownca", "it knows another authority than the one that signed this certificate"),
         ("decrypterror", "it knows another authority than the one that signed this certificate"),
         ("certificaterequired", "it wants a certificate: start this process with --tls"),
+        ("takes only tls", "it wants TLS: start this process with --tls"),
+        ("sent no certificates", "it shows no certificate: start it with --tls"),
+        ("extended key usage", "it shows a certificate that is not meant for this: use the one of its own role"),
     ];
-    // An error is named as rustls's variant or in words, depending on how much it knows.
-    let text = text.to_ascii_lowercase();
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    // rustls names what happened by its own variant or in words, depending on how much it knows.
+    text.make_ascii_lowercase();
     ADVICE.iter().find(|(sign, _)| text.contains(sign)).map(|(_, advice)| *advice)
 }
 
 #[cfg(test)]
 mod tests {
-    use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
+    use rustls::{AlertDescription, CertificateError, Error as TlsFailure, InvalidMessage};
 
     use super::*;
 
@@ -294,17 +304,19 @@ mod tests {
     #[test]
     fn every_common_mistake_gets_advice() {
         let mistakes = [
-            Error::InvalidMessage(InvalidMessage::InvalidContentType),
+            TlsFailure::InvalidMessage(InvalidMessage::InvalidContentType),
             CertificateError::UnknownIssuer.into(),
             CertificateError::NotValidForName.into(),
             CertificateError::Expired.into(),
-            Error::AlertReceived(AlertDescription::UnknownCA),
-            Error::AlertReceived(AlertDescription::DecryptError),
-            Error::AlertReceived(AlertDescription::CertificateRequired),
+            TlsFailure::AlertReceived(AlertDescription::UnknownCA),
+            TlsFailure::AlertReceived(AlertDescription::DecryptError),
+            TlsFailure::AlertReceived(AlertDescription::CertificateRequired),
+            TlsFailure::NoCertificatesPresented,
         ];
         for mistake in mistakes {
-            assert!(advice(&mistake.to_string()).is_some(), "{mistake}");
+            let wrapped = std::io::Error::new(std::io::ErrorKind::InvalidData, mistake);
+            assert!(advice(&wrapped).is_some(), "{wrapped}");
         }
-        assert_eq!(advice("connection refused"), None);
+        assert_eq!(advice(&std::io::Error::from(std::io::ErrorKind::ConnectionRefused)), None);
     }
 }

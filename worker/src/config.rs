@@ -5,9 +5,13 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
     str::FromStr,
+    sync::Arc,
 };
 
-use phalanx_proto::fault::{Fault, FaultKind};
+use phalanx_proto::{
+    fault::{Fault, FaultKind},
+    tls::Identity,
+};
 use tonic::transport::Uri;
 
 use crate::memory;
@@ -54,7 +58,8 @@ impl FromStr for BackendKind {
 /// A worker's settings.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Addresses of coordinators, at least one, of which one leads: `http://host:port` or `host:port`.
+    /// Addresses of coordinators, at least one, of which one leads: `http://host:port`, or `https://host:port` with
+    /// `tls`, or `host:port` for either.
     pub coordinators: Vec<String>,
     /// The deployment to work for.
     pub deployment: String,
@@ -72,6 +77,8 @@ pub struct Config {
     pub memory_utilization: f64,
     /// Address of this host at which other ranks reach its collective.
     pub bind_ip: IpAddr,
+    /// Certificate to show to the coordinator, which must show one of the same authority. Absent: a plain connection.
+    pub tls: Option<Arc<Identity>>,
 }
 
 impl Config {
@@ -88,6 +95,7 @@ impl Config {
             memory_bytes: None,
             memory_utilization: 0.9,
             bind_ip: Ipv4Addr::LOCALHOST.into(),
+            tls: None,
         }
     }
 
@@ -123,11 +131,12 @@ impl Config {
 
     /// A coordinator's address, checked.
     pub(crate) fn uri(&self, text: &str) -> Result<Uri, String> {
-        let address = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let address = if text.contains("://") { text.to_owned() } else { format!("{scheme}://{text}") };
         let uri = Uri::from_str(&address).map_err(|error| format!("coordinator is {text:?}: {error}"))?;
         match (uri.scheme_str(), uri.port_u16()) {
-            (Some("http"), Some(_)) => Ok(uri),
-            _ => Err(format!("coordinator is {text:?}, expected http://host:port")),
+            (Some(found), Some(_)) if found == scheme => Ok(uri),
+            _ => Err(format!("coordinator is {text:?}, expected {scheme}://host:port")),
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use phalanx_proto::{
     fault::Fault,
+    tls,
     v1::{self, cluster_client::ClusterClient, worker_event::Event},
 };
 use tokio::time::timeout;
@@ -38,7 +39,12 @@ pub(super) async fn dial(config: &Config, coordinator: &str) -> Result<Client, S
         .keep_alive_while_idle(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES);
-    let channel = endpoint.connect().await.map_err(|error| with_sources(&error))?;
+    let secured = match &config.tls {
+        Some(identity) => identity.secure(endpoint),
+        None => Ok(endpoint),
+    };
+    let connected = async { secured?.connect().await };
+    let channel = connected.await.map_err(|error| with_sources(&error))?;
     let client = ClusterClient::new(channel);
     Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES))
 }
@@ -46,7 +52,11 @@ pub(super) async fn dial(config: &Config, coordinator: &str) -> Result<Client, S
 /// tonic says "transport error"; what matters is beneath.
 fn with_sources(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(error.source(), |error| error.source());
-    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
+    let text = sources.fold(error.to_string(), |text, source| format!("{text}: {source}"));
+    match tls::advice(error) {
+        Some(advice) => format!("{text}; {advice}"),
+        None => text,
+    }
 }
 
 /// Tells the coordinator that leads why this worker will not join. Once, and only if it can be reached.
