@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -11,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    access::{Access, Tenant},
     config::Config,
     harmony::Harmony,
     instruments::Instruments,
@@ -23,6 +24,7 @@ use crate::{
 /// The state of one gateway.
 pub(crate) struct App {
     pub(crate) config: Config,
+    pub(crate) access: Access,
     pub(crate) harmony: Harmony,
     pub(crate) upstream: Arc<Upstream>,
     pub(crate) instruments: Arc<Instruments>,
@@ -46,15 +48,17 @@ pub(crate) struct Served {
 }
 
 impl App {
-    /// Loads the tokenizer and prepares the connections.
+    /// Loads keys and tokenizer and prepares the connections.
     ///
     /// # Errors
-    /// When configuration or tokenizer cannot be used.
+    /// When configuration, keys or tokenizer cannot be used.
     pub(crate) async fn new(config: Config, draining: CancellationToken) -> anyhow::Result<Self> {
         config.validate()?;
+        let access = Access::load(config.keys.clone()).await?;
         let path = config.model_dir.join("tokenizer.json");
         let tokenizer = tokio::task::spawn_blocking(move || Tokenizer::from_file(&path)).await??;
         Ok(Self {
+            access,
             harmony: Harmony::new(Arc::new(tokenizer))?,
             upstream: Arc::new(Upstream::new(&config).context("coordinator address")?),
             instruments: Arc::new(Instruments::new(config.vllm_metrics)),
@@ -67,13 +71,18 @@ impl App {
         })
     }
 
-    /// A place among the running requests, held until it is dropped.
+    /// A place among the running requests, held until it is dropped. Asked for before anything that costs time, so that
+    /// a refusal is fast however great the load.
     ///
     /// # Errors
-    /// 429 when all are taken, 503 when the gateway is leaving.
+    /// 429 when all are taken or the coordinator's queue is known to be full, 503 when the gateway is leaving.
     pub(crate) fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         if self.draining.is_cancelled() {
             return Err(ApiError::unavailable("draining", "The gateway is shutting down; try another one."));
+        }
+        if let Some(wait) = full_queue(&self.upstream.fleet()) {
+            let text = "The server has as many requests waiting as it accepts; try again soon.";
+            return Err(ApiError::too_many_requests(text).retry_after(Some(wait)));
         }
         let most = self.config.limits.requests;
         let full = |_| ApiError::too_many_requests(format!("{most} requests are running already; try again soon."));
@@ -85,31 +94,45 @@ impl App {
         self.config.served_names.first().map(String::as_str)
     }
 
-    /// The model that a request means; without a name, the first one.
+    /// The model that a request means; without a name, the first one that its key may use.
     ///
     /// # Errors
-    /// 404 for an unknown name, 503 while nothing is known of any model.
-    pub(crate) fn model(&self, asked: Option<&str>) -> Result<Served, ApiError> {
+    /// 404 for an unknown name, 403 for a model that the key may not use, 503 while nothing is known of any model.
+    pub(crate) fn model(&self, asked: Option<&str>, tenant: Option<&Tenant>) -> Result<Served, ApiError> {
         let fleet = self.upstream.fleet();
-        let Some(first) = fleet.deployments.first() else {
+        if fleet.deployments.is_empty() {
             return Err(ApiError::unavailable("not_ready", capitalized(&fleet.not_ready().message)));
-        };
-        let Some(asked) = asked else {
-            let name = self.names(&fleet).into_iter().next().unwrap_or_default();
-            return Ok(Served { name, load: first.clone() });
-        };
-        let found = if self.config.served_names.iter().any(|name| is_same_model(name, asked)) {
-            Some(first)
-        } else {
-            fleet.deployments.iter().find(|load| is_same_model(model_of(load), asked))
-        };
-        match found {
-            Some(load) => Ok(Served { name: asked.to_owned(), load: load.clone() }),
-            None => Err(ApiError::model_not_found(asked, &self.names(&fleet))),
         }
+        let allowed = self.names_for(&fleet, tenant);
+        let name = asked.or(allowed.first().map(String::as_str));
+        let Some(name) = name else {
+            let first = self.names(&fleet).into_iter().next().unwrap_or_default();
+            return Err(ApiError::model_not_allowed(&first));
+        };
+        let Some(load) = self.find(&fleet, name) else {
+            return Err(ApiError::model_not_found(name, &allowed));
+        };
+        if tenant.is_some_and(|tenant| !tenant.may_use(name)) {
+            return Err(ApiError::model_not_allowed(name));
+        }
+        Ok(Served { name: name.to_owned(), load: load.clone() })
     }
 
-    /// The names to show: the configured ones, else the coordinator's.
+    fn find<'f>(&self, fleet: &'f Fleet, name: &str) -> Option<&'f DeploymentLoad> {
+        if self.config.served_names.iter().any(|served| is_same_model(served, name)) {
+            return fleet.deployments.first();
+        }
+        fleet.deployments.iter().find(|load| is_same_model(model_of(load), name))
+    }
+
+    /// The names to show to the owner of a key.
+    pub(crate) fn names_for(&self, fleet: &Fleet, tenant: Option<&Tenant>) -> Vec<String> {
+        let mut names = self.names(fleet);
+        names.retain(|name| tenant.is_none_or(|tenant| tenant.may_use(name)));
+        names
+    }
+
+    /// All names: the configured ones, else the coordinator's.
     pub(crate) fn names(&self, fleet: &Fleet) -> Vec<String> {
         if !self.config.served_names.is_empty() {
             return self.config.served_names.clone();
@@ -118,13 +141,28 @@ impl App {
     }
 }
 
+/// When a place in the queue is likely free, if every group said last that it takes nothing more. A coordinator says so
+/// up to ten times a second; until it does, it refuses by itself.
+fn full_queue(fleet: &Fleet) -> Option<Duration> {
+    let is_full = |load: &DeploymentLoad| {
+        let by_count = load.max_waiting > 0 && load.waiting >= load.max_waiting;
+        by_count || load.max_waiting_tokens > 0 && load.waiting_tokens >= load.max_waiting_tokens
+    };
+    if !fleet.is_ready() || !fleet.deployments.iter().all(is_full) {
+        return None;
+    }
+    fleet.deployments.iter().map(|load| Duration::from_millis(load.retry_after_ms)).min()
+}
+
 fn model_of(load: &DeploymentLoad) -> &str {
     load.deployment.as_ref().map_or("", |deployment| &deployment.model)
 }
 
 /// `gpt-oss-20b` and `openai/gpt-oss-20b` are one model.
-fn is_same_model(left: &str, right: &str) -> bool {
-    let short = |name: &'_ str| name.strip_prefix("openai/").unwrap_or(name).to_owned();
+pub(crate) fn is_same_model(left: &str, right: &str) -> bool {
+    fn short(name: &str) -> &str {
+        name.strip_prefix("openai/").unwrap_or(name)
+    }
     short(left) == short(right)
 }
 

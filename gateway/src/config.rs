@@ -1,9 +1,16 @@
 //! The gateway's configuration, with a named maximum for everything that could grow or wait.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use phalanx_proto::tls::Identity;
+use tokio::sync::Notify;
 
 pub use crate::date::CurrentDate;
 use crate::profiles::Profiles;
+pub use crate::{
+    access::{Digest, KeyError, KeySource, NotAKey, new_key},
+    tls::TlsFiles,
+};
 
 /// Under which names reasoning is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +91,7 @@ pub struct Timeouts {
     pub unread: Duration,
     /// Idle time after which a stream gets a comment.
     pub keep_alive: Duration,
-    /// A whole request.
+    /// A whole request whose client names no time of its own.
     pub request: Duration,
     /// How long running requests may go on after the shutdown began.
     pub drain: Duration,
@@ -109,8 +116,11 @@ impl Default for Timeouts {
 /// Everything that a gateway is told.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Addresses of coordinators, as `http://host:port`; the first that answers is used, the others when it is lost.
+    /// Addresses of coordinators, as `http://host:port`, or `https://host:port` with `coordinator_tls`; the first that
+    /// answers is used, the others when it is lost.
     pub coordinators: Vec<String>,
+    /// Certificate to show to coordinators, which must show one of the same authority. Absent: plain connections.
+    pub coordinator_tls: Option<Arc<Identity>>,
     /// Directory with the model's `tokenizer.json`.
     pub model_dir: PathBuf,
     /// Names under which the model is served, the first of which is shown. Empty: the coordinator's name.
@@ -129,6 +139,15 @@ pub struct Config {
     pub limits: Limits,
     /// Longest waits.
     pub timeouts: Timeouts,
+    /// Who may ask.
+    pub keys: KeySource,
+    /// Certificate of the HTTP door. Absent: plain HTTP.
+    pub tls: Option<TlsFiles>,
+    /// Notified when the files of keys and certificates are to be read again.
+    pub reload: Arc<Notify>,
+    /// Where to say `READY=1` once requests can be answered: a Unix socket's path, or an abstract name after `@`, as
+    /// systemd's `NOTIFY_SOCKET` has it.
+    pub notify_socket: Option<String>,
 }
 
 impl Config {
@@ -136,6 +155,7 @@ impl Config {
     pub fn new(coordinator: impl Into<String>, model_dir: impl Into<PathBuf>) -> Self {
         Self {
             coordinators: vec![coordinator.into()],
+            coordinator_tls: None,
             model_dir: model_dir.into(),
             served_names: Vec::new(),
             current_date: CurrentDate::default(),
@@ -145,6 +165,10 @@ impl Config {
             vllm_metrics: true,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            keys: KeySource::default(),
+            tls: None,
+            reload: Arc::default(),
+            notify_socket: None,
         }
     }
 
@@ -157,9 +181,11 @@ impl Config {
         if self.coordinators.is_empty() {
             wrong.push("no coordinator is named; give at least one address".to_owned());
         }
+        let scheme = if self.coordinator_tls.is_some() { "https" } else { "http" };
         for address in &self.coordinators {
-            if tonic::transport::Endpoint::from_shared(address.clone()).is_err() || !address.contains("://") {
-                wrong.push(format!("coordinator {address:?} is not an address as http://host:port"));
+            let is_address = tonic::transport::Endpoint::from_shared(address.clone()).is_ok();
+            if !is_address || address.split_once("://").is_none_or(|(found, _)| found != scheme) {
+                wrong.push(format!("coordinator {address:?} is not an address as {scheme}://host:port"));
             }
         }
         if let Some(name) = self.served_names.iter().find(|name| name.is_empty() || name.chars().any(char::is_control))

@@ -14,7 +14,10 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-use crate::upstream::{Fleet, state_name};
+use crate::{
+    access::Limit,
+    upstream::{Fleet, state_name},
+};
 
 /// What every series of a request carries. All values come from configuration and coordinator, none from a client.
 #[derive(Clone, Debug, Default, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -34,6 +37,18 @@ pub(crate) struct Labels {
 pub(crate) struct Answer {
     pub(crate) route: String,
     pub(crate) status: u16,
+}
+
+/// A key by the name that its file gives it.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub(crate) struct KeyLabels {
+    pub(crate) key: String,
+}
+
+/// Which limit of a key refused a request.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub(crate) struct KeyRefusal {
+    pub(crate) limit: &'static str,
 }
 
 /// How a choice ended.
@@ -57,7 +72,7 @@ struct State {
 
 pub(crate) type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
 pub(crate) type Counters<L = Labels> = Family<L, Counter>;
-type Gauges<L = Labels> = Family<L, Gauge<f64, std::sync::atomic::AtomicU64>>;
+pub(crate) type Gauges<L = Labels> = Family<L, Gauge<f64, std::sync::atomic::AtomicU64>>;
 
 /// All metrics, and the registry that writes them.
 pub(crate) struct Instruments {
@@ -71,6 +86,11 @@ pub(crate) struct Instruments {
     pub(crate) generation_tokens: Counters,
     pub(crate) reasoning_tokens: Counters,
     pub(crate) cancelled: Counters,
+    pub(crate) key_requests: Counters<KeyLabels>,
+    pub(crate) key_refusals: Counters<(KeyLabels, KeyRefusal)>,
+    pub(crate) key_prompt_tokens: Counters<KeyLabels>,
+    pub(crate) key_generation_tokens: Counters<KeyLabels>,
+    pub(crate) key_running: Gauges<KeyLabels>,
     pub(crate) first_token: Histograms,
     pub(crate) inter_token: Histograms,
     pub(crate) per_output_token: Histograms,
@@ -125,6 +145,11 @@ impl Instruments {
             generation_tokens: Family::default(),
             reasoning_tokens: Family::default(),
             cancelled: Family::default(),
+            key_requests: Family::default(),
+            key_refusals: Family::default(),
+            key_prompt_tokens: Family::default(),
+            key_generation_tokens: Family::default(),
+            key_running: Family::default(),
             first_token: histograms(seconds),
             inter_token: histograms(seconds),
             per_output_token: histograms(seconds),
@@ -147,6 +172,11 @@ impl Instruments {
         names.ours("cached_prompt_tokens", "Prompt tokens taken from the prefix cache", &self.cached_tokens);
         names.ours("reasoning_tokens", "Tokens spent on reasoning", &self.reasoning_tokens);
         names.ours("cancelled_requests", "Requests whose client left", &self.cancelled);
+        names.ours("key_requests", "Requests that a key's limits let through", &self.key_requests);
+        names.ours("key_refusals", "Requests that a key's limits refused", &self.key_refusals);
+        names.ours("key_prompt_tokens", "Prompt tokens of a key", &self.key_prompt_tokens);
+        names.ours("key_generation_tokens", "Generated tokens of a key", &self.key_generation_tokens);
+        names.ours("key_requests_running", "Requests of a key that are being answered", &self.key_running);
         names.ours("engine_steps", "Steps that the group has made", &f.steps);
         names.ours("failed_epochs", "Epochs that a lost, hung or differing rank ended", &f.failed_epochs);
         names.ours("integrity_failures", "Checks of the idle engine that found a leak", &f.integrity_failures);
@@ -178,6 +208,15 @@ impl Instruments {
         for (name, histograms) in genai {
             self.registry.register(name, "OpenTelemetry's name of the same figure", histograms.clone());
         }
+    }
+
+    /// How often a key's limits refused a request.
+    pub(crate) fn refusals_of(&self, key: &KeyLabels) -> u64 {
+        let of = |limit: Limit| {
+            let labels = (key.clone(), KeyRefusal { limit: limit.name() });
+            self.key_refusals.get_or_create(&labels).get()
+        };
+        [Limit::Requests, Limit::Tokens, Limit::Concurrency].map(of).iter().sum()
     }
 
     /// Writes everything in the OpenMetrics text format.

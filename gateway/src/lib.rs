@@ -6,33 +6,38 @@
 //! ```text
 //! server → routes → handlers → { harmony, stream, upstream } → openai
 //! ```
-//! - [`server`](run): connections, their limits and their end; `routes`, `frame`, `body`: one request before its handler;
+//! - [`server`](run), `connection`, `patience`, `tls`: connections, their limits and their end;
+//! - `routes`, `frame`, `access`, `body`: one request before its handler: its id, its key and limits, its JSON;
 //! - `handlers`: one file per endpoint, and what they share;
 //! - [`harmony`], [`tokenizer`]: conversations to token ids and back;
 //! - `stream`: tokens to pieces of an answer, without any I/O;
 //! - `upstream`: the coordinator, and streams that outlive it;
 //! - `openai`: the bodies that come and go;
-//! - [`profiles`], [`config`]: what an operator says; `instruments`, `meter`, `stats`: what is measured.
 //! - [`dry_run`](mod@dry_run): what the checks say about a body, offline;
+//! - [`profiles`], [`config`]: what an operator says; `instruments`, `meter`, `stats`: what is measured.
 //!
 //! It does not know how many workers there are, what a step is, or where keys and values lie.
 
+mod access;
 mod app;
 mod body;
 pub mod config;
+mod connection;
 mod date;
+pub mod dry_run;
 mod frame;
 mod handlers;
 pub mod harmony;
-pub mod dry_run;
 mod instruments;
 mod meter;
 mod openai;
+mod patience;
 pub mod profiles;
 mod routes;
 mod server;
 mod stats;
 mod stream;
+mod tls;
 pub mod tokenizer;
 mod upstream;
 

@@ -10,7 +10,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use tracing::{Span, debug, field::Empty, info_span};
 
 use crate::{
-    instruments::{Ending, Instruments, Labels},
+    access::Tenant,
+    instruments::{Ending, Instruments, KeyLabels, Labels},
     openai::{
         error::ApiError,
         params::Params,
@@ -24,6 +25,8 @@ pub(crate) struct Meter {
     instruments: Arc<Instruments>,
     stats: Arc<Stats>,
     labels: Labels,
+    /// Whose tokens they are.
+    tenant: Option<Arc<Tenant>>,
     inter_token: Histogram,
     span: Span,
     arrived: Instant,
@@ -50,6 +53,7 @@ impl Meter {
             instruments,
             stats,
             labels,
+            tenant: None,
             span,
             arrived,
             admitted: None,
@@ -57,6 +61,21 @@ impl Meter {
             last_tokens: vec![None; choices],
             reasons: Vec::new(),
             settled: false,
+        }
+    }
+
+    /// Counts the tokens towards the limits of a key.
+    pub(crate) fn charged_to(mut self, tenant: Option<Arc<Tenant>>) -> Self {
+        self.tenant = tenant;
+        self
+    }
+
+    /// The coordinator has taken the prompts.
+    pub(crate) fn prompt(&mut self, count: u64) {
+        if let Some(tenant) = &self.tenant {
+            tenant.quota.charge(count, Instant::now());
+            let key = KeyLabels { key: tenant.name.clone() };
+            self.instruments.key_prompt_tokens.get_or_create(&key).inc_by(count);
         }
     }
 
@@ -87,6 +106,11 @@ impl Meter {
         }
         self.stats.tokens(now, 0, count as u64);
         self.instruments.generation_tokens.get_or_create(&self.labels).inc_by(count as u64);
+        if let Some(tenant) = &self.tenant {
+            tenant.quota.charge(count as u64, now);
+            let key = KeyLabels { key: tenant.name.clone() };
+            self.instruments.key_generation_tokens.get_or_create(&key).inc_by(count as u64);
+        }
         if let Some(last) = self.last_tokens.get_mut(choice) {
             if let Some(last) = last {
                 // Tokens that come together came at equal distances, as far as anybody can tell.

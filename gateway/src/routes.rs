@@ -5,38 +5,59 @@ use std::sync::Arc;
 use axum::{
     Router,
     middleware::from_fn_with_state,
-    routing::{get, post},
+    routing::{MethodRouter, get, post},
 };
 use http::{Method, StatusCode, Uri};
 
 use crate::{
+    access::guard,
     app::App,
     frame::frame,
     handlers::{chat, completions, models, observe, tokens},
     openai::error::{ApiError, ErrorKind},
 };
 
+/// One line of the API.
+pub(crate) struct Route {
+    pub(crate) method: &'static str,
+    pub(crate) path: &'static str,
+    handler: MethodRouter<Arc<App>>,
+}
+
+/// Every route that is behind the door. `GET /` shows them, and `/livez`, which is not.
+pub(crate) fn routes() -> Vec<Route> {
+    let read = |path, handler| Route { method: "GET", path, handler };
+    let write = |path, handler| Route { method: "POST", path, handler };
+    vec![
+        read("/", get(observe::root)),
+        write("/v1/chat/completions", post(chat::create)),
+        write("/v1/completions", post(completions::create)),
+        read("/v1/models", get(models::list)),
+        read("/v1/models/{*id}", get(models::retrieve)),
+        write("/tokenize", post(tokens::tokenize)),
+        write("/detokenize", post(tokens::detokenize)),
+        read("/health", get(observe::readyz)),
+        read("/readyz", get(observe::readyz)),
+        read("/version", get(observe::version)),
+        read("/stats", get(observe::stats)),
+        read("/metrics", get(observe::metrics)),
+    ]
+}
+
+/// The one route that needs no key.
+pub(crate) const OPEN: &str = "/livez";
+
 /// The whole API. Nothing allows other origins: browsers get no CORS headers.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let open = Router::new().route("/livez", get(observe::livez));
-    let guarded = Router::new()
-        .route("/", get(observe::root))
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/v1/completions", post(completions::create))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/tokenize", post(tokens::tokenize))
-        .route("/detokenize", post(tokens::detokenize))
-        .route("/health", get(observe::readyz))
-        .route("/readyz", get(observe::readyz))
-        .route("/version", get(observe::version))
-        .route("/stats", get(observe::stats))
-        .route("/metrics", get(observe::metrics));
-    // Authentication belongs here, as a `layer` on `guarded` with its fallbacks, so that no route can miss it.
-    guarded
+    let add = |router: Router<Arc<App>>, route: Route| router.route(route.path, route.handler);
+    // The door is around the fallbacks too: without a key nobody learns which paths there are.
+    routes()
+        .into_iter()
+        .fold(Router::new(), add)
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
-        .merge(open)
+        .layer(from_fn_with_state(Arc::clone(&app), guard))
+        .route(OPEN, get(observe::livez))
         .layer(from_fn_with_state(Arc::clone(&app), frame))
         .with_state(app)
 }

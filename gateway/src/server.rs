@@ -3,34 +3,26 @@
 //! `axum::serve` has no header timeout, so thousands of half-open headers would stay; hyper-util's builder has one.
 
 use std::{
-    convert::Infallible,
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    os::{linux::net::SocketAddrExt, unix::net as unix},
+    sync::Arc,
     time::Duration,
 };
 
-use axum::{Router, body::Body, response::Response};
-use hyper::{Request, body::Incoming, service::service_fn};
+use axum::Router;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{
-        conn::auto::Builder,
-        graceful::{GracefulShutdown, Watcher},
-    },
+    rt::{TokioExecutor, TokioTimer},
+    server::{conn::auto::Builder, graceful::GracefulShutdown},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
 use tracing::{debug, info, warn};
 
-use crate::{app::App, config::Config, routes::router};
+use crate::{app::App, config::Config, connection::Connection, routes::router, tls::Tls};
 
 /// Largest header of a request, in bytes.
 const MAX_HEADER_BYTES: usize = 64 << 10;
@@ -50,32 +42,75 @@ const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconn
 /// Serves the OpenAI API on `listener` until `shutdown`, then lets running requests finish within the drain time.
 ///
 /// # Errors
-/// When the configuration or the model's tokenizer cannot be used.
+/// When the configuration, the keys, the certificate or the model's tokenizer cannot be used.
 pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
     let app = Arc::new(App::new(config, shutdown.clone()).await?);
     let ended = CancellationToken::new();
     let follower = tokio::spawn(Arc::clone(&app.upstream).follow(ended.clone()));
+    let attendant = tokio::spawn(attend(Arc::clone(&app), tls.clone(), ended.clone()));
     info!(address = %listener.local_addr()?, coordinators = ?app.config.coordinators, "gateway listening");
-    let connections = Connections::new(&app);
+    let connections = Connections::new(&app, tls);
     connections.accept(&listener, &shutdown).await;
     drop(listener);
     connections.drain(&app).await;
     ended.cancel();
     follower.await?;
+    attendant.await?;
     Ok(())
+}
+
+/// Says once that requests can be answered, and reads keys and certificates again whenever it is told to.
+async fn attend(app: Arc<App>, tls: Option<Arc<Tls>>, ended: CancellationToken) {
+    let mut announced = app.config.notify_socket.is_none();
+    loop {
+        tokio::select! {
+            () = ended.cancelled() => return,
+            () = app.upstream.became_ready(), if !announced => {
+                announced = true;
+                announce(app.config.notify_socket.as_deref().unwrap_or_default());
+            }
+            () = app.config.reload.notified() => {
+                app.access.reload().await;
+                if let Some(tls) = &tls {
+                    tls.reload();
+                }
+            }
+        }
+    }
+}
+
+/// Tells whoever started this process that it is ready, as systemd's `sd_notify` does. One small datagram: it is taken
+/// at once or not at all.
+fn announce(socket: &str) {
+    let say = || {
+        let address = match socket.strip_prefix('@') {
+            Some(name) => unix::SocketAddr::from_abstract_name(name)?,
+            None => unix::SocketAddr::from_pathname(socket)?,
+        };
+        let sender = unix::UnixDatagram::unbound()?;
+        sender.set_nonblocking(true)?;
+        sender.send_to_addr(b"READY=1", &address)
+    };
+    if let Err(error) = say() {
+        // After a restart nobody waits for it any more.
+        debug!(%error, socket, "nobody took the word that this gateway is ready");
+    }
 }
 
 /// Accepts and serves connections.
 struct Connections {
     router: Router,
     builder: Arc<Builder<TokioExecutor>>,
+    tls: Option<Arc<Tls>>,
     places: Arc<Semaphore>,
     graceful: GracefulShutdown,
     header_timeout: Duration,
+    unread_timeout: Duration,
 }
 
 impl Connections {
-    fn new(app: &Arc<App>) -> Self {
+    fn new(app: &Arc<App>, tls: Option<Arc<Tls>>) -> Self {
         let limits = &app.config.limits;
         let header_timeout = app.config.timeouts.header;
         let mut builder = Builder::new(TokioExecutor::new());
@@ -97,9 +132,11 @@ impl Connections {
         Self {
             router: router(Arc::clone(app)),
             builder: Arc::new(builder),
+            tls,
             places: Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS))),
             graceful: GracefulShutdown::new(),
             header_timeout,
+            unread_timeout: app.config.timeouts.unread,
         }
     }
 
@@ -129,7 +166,9 @@ impl Connections {
             router: self.router.clone(),
             builder: Arc::clone(&self.builder),
             watcher: self.graceful.watcher(),
+            tls: self.tls.as_ref().map(|tls| tls.acceptor()),
             header_timeout: self.header_timeout,
+            unread_timeout: self.unread_timeout,
             _place: place,
         };
         tokio::spawn(connection.serve(stream));
@@ -153,47 +192,6 @@ fn refuse(stream: &TcpStream) {
     if let Err(error) = stream.try_write(FULL) {
         debug!(%error, "cannot refuse a connection");
     }
-}
-
-/// One connection being served.
-struct Connection {
-    router: Router,
-    builder: Arc<Builder<TokioExecutor>>,
-    watcher: Watcher,
-    header_timeout: Duration,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Connection {
-    async fn serve(self, stream: TcpStream) {
-        let Self { router, builder, watcher, header_timeout, _place } = self;
-        let seen = Arc::new(AtomicBool::new(false));
-        let mark = Arc::clone(&seen);
-        let service = service_fn(move |request: Request<Incoming>| {
-            mark.store(true, Ordering::Relaxed);
-            answer(router.clone(), request)
-        });
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-        let mut served = std::pin::pin!(watcher.watch(connection));
-        // The builder's own timeout begins when it knows the protocol, and a client may never say enough for that.
-        let result = tokio::select! {
-            result = &mut served => result,
-            () = sleep(header_timeout + Duration::from_secs(1)) => {
-                if !seen.load(Ordering::Relaxed) {
-                    debug!("connection without a request");
-                    return;
-                }
-                served.await
-            }
-        };
-        if let Err(error) = result {
-            debug!(%error, "connection ended");
-        }
-    }
-}
-
-async fn answer(router: Router, request: Request<Incoming>) -> Result<Response, Infallible> {
-    router.oneshot(request.map(Body::new)).await
 }
 
 /// Binds an address, with an error that says which.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use crate::{bench::sse::SseLines, cli::ChatArgs};
+use crate::{access::http_client, bench::sse::SseLines, cli::ChatArgs};
 
 const DIM: &str = "\x1b[2m";
 const PLAIN: &str = "\x1b[0m";
@@ -44,7 +44,7 @@ struct Chat {
 
 impl Chat {
     async fn new(args: ChatArgs) -> Result<Self> {
-        let http = reqwest::Client::new();
+        let http = http_client()?;
         let url = format!("{}/v1/models", args.url);
         let models: Value = http.get(&url).send().await.with_context(|| url.clone())?.json().await.context(url)?;
         let first = models["data"][0]["id"].as_str().unwrap_or_default().to_owned();

@@ -5,7 +5,12 @@ use std::{ffi::OsString, net::IpAddr, path::PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::etcd::EtcdArgs;
+use crate::{
+    access::{AccessArgs, KeyArgs},
+    ca::CaArgs,
+    etcd::EtcdArgs,
+    tls::TlsArgs,
+};
 
 /// Serves OpenAI's gpt-oss models across several processes and GPUs.
 #[derive(Debug, Parser)]
@@ -37,6 +42,10 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Render a conversation to tokens, or parse tokens to messages.
     Harmony(HarmonyArgs),
+    /// Make an API key and its entry for the key file.
+    Key(KeyArgs),
+    /// Make a private authority and certificates for TLS between components.
+    Ca(CaArgs),
 }
 
 /// What computes.
@@ -195,6 +204,8 @@ pub(crate) struct HttpArgs {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value = "8000", env = "PHALANX_PORT")]
     pub port: u16,
+    #[command(flatten)]
+    pub access: AccessArgs,
     /// Listen on other addresses than loopback although nothing guards the API.
     #[arg(long, env = "PHALANX_INSECURE_BIND")]
     pub insecure_bind: bool,
@@ -261,6 +272,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub http: HttpArgs,
     #[command(flatten)]
+    pub tls: TlsArgs,
+    #[command(flatten)]
     pub telemetry: TelemetryArgs,
     #[command(flatten)]
     pub foreign: ForeignArgs,
@@ -299,6 +312,8 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, default_value = "30", env = "PHALANX_SHUTDOWN_TIMEOUT")]
     pub shutdown_timeout: u64,
     #[command(flatten)]
+    pub tls: TlsArgs,
+    #[command(flatten)]
     pub telemetry: TelemetryArgs,
 }
 
@@ -309,7 +324,7 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// The coordinator's gRPC door; with several coordinators all of them, separated by commas.
-    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
+    #[arg(long, default_value = "127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
     pub coordinator: Vec<String>,
     /// Rank to ask for.
     #[arg(long, env = "PHALANX_RANK")]
@@ -317,6 +332,8 @@ pub(crate) struct WorkerArgs {
     /// Address at which other hosts' workers reach this one's collective. Default: the one that leads to the coordinator.
     #[arg(long, env = "PHALANX_BIND_IP")]
     pub bind_ip: Option<IpAddr>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
 }
@@ -328,11 +345,16 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub http: HttpArgs,
     /// The coordinator's gRPC door; with several coordinators all of them, separated by commas.
-    #[arg(long, default_value = "http://127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
+    #[arg(long, default_value = "127.0.0.1:7000", env = "PHALANX_COORDINATOR", value_delimiter = ',')]
     pub coordinator: Vec<String>,
     /// Take the listening socket from standard input instead (as `phalanx serve` hands it over).
     #[arg(long, hide = true)]
     pub listen_stdin: bool,
+    /// Unix socket that is told once requests can be answered, as systemd's `Type=notify` has it.
+    #[arg(long, hide = true, env = "NOTIFY_SOCKET")]
+    pub notify_socket: Option<String>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
 }

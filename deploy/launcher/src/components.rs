@@ -3,22 +3,27 @@
 use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
     os::fd::AsFd,
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
+use phalanx_proto::tls::Role;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    sync::Notify,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    access::Terminal,
     cli::{Backend, CoordinatorArgs, GatewayArgs, SchedulerArgs, WorkerArgs},
     config_file, models,
-    serve::{check_bind, parallelism},
+    serve::parallelism,
     supervisor,
     telemetry::{self, Telemetry},
+    tls::TlsArgs,
 };
 
 /// Why `--backend cuda` ends here.
@@ -32,9 +37,10 @@ const CPU_KV_BYTES: u64 = 1 << 30;
 pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let (telemetry, shutdown) = prepare(&args.telemetry, "coordinator")?;
     if !args.listen_stdin {
-        check_bind(args.listen.ip(), args.insecure_bind)?;
+        args.tls.check_bind(args.listen.ip(), args.insecure_bind)?;
     }
     let config = coordinator_config(&args)?;
+    show(&config);
     let listener = listener(args.listen_stdin, args.listen, "--listen").await?;
     let outcome = phalanx_coordinator::run(config, listener, shutdown).await;
     finish(telemetry, outcome).await
@@ -61,15 +67,22 @@ fn coordinator_config(args: &CoordinatorArgs) -> Result<phalanx_coordinator::Con
         drain_grace: Duration::from_secs(args.shutdown_timeout),
         ..Default::default()
     };
-    let membership = args.etcd.membership(scheduler.state_dir.clone())?;
-    Ok(phalanx_coordinator::Config { deployments: vec![deployment], membership, limits })
+    Ok(phalanx_coordinator::Config {
+        deployments: vec![deployment],
+        membership: args.etcd.membership(scheduler.state_dir.clone())?,
+        tls: args.tls.identity(Role::Coordinator)?,
+        limits,
+    })
 }
 
 /// Runs a worker until it is told to stop.
 pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
     let (telemetry, shutdown) = prepare(&args.telemetry, "worker")?;
     let outcome = match worker_config(&args) {
-        Ok(config) => phalanx_worker::run(config, shutdown).await,
+        Ok(config) => {
+            show(&config);
+            phalanx_worker::run(config, shutdown).await
+        }
         Err(error) => Err(error),
     };
     finish(telemetry, outcome).await
@@ -80,14 +93,21 @@ fn worker_config(args: &WorkerArgs) -> Result<phalanx_worker::Config> {
     let model_dir = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
     let names = models::served_names(&model_dir, &args.model.served_model_name);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut config = phalanx_worker::Config::new(&args.coordinator[0], &names[0], model_dir);
-    config.coordinators.clone_from(&args.coordinator);
+    let coordinators = addresses(&args.tls, &args.coordinator)?;
+    let mut config = phalanx_worker::Config::new(&coordinators[0], &names[0], model_dir);
+    config.coordinators = coordinators;
+    config.tls = args.tls.identity(Role::Worker)?;
     config.backend = args.device.backend.name().parse()?;
     config.threads = args.device.threads.unwrap_or(cores);
     config.rank = args.rank;
     config.memory_utilization = args.device.gpu_memory_utilization;
     config.bind_ip = args.bind_ip.map_or_else(|| address_towards(&args.coordinator[0]), Ok)?;
     Ok(config)
+}
+
+/// The addresses of all coordinators, each with its scheme.
+fn addresses(tls: &TlsArgs, coordinators: &[String]) -> Result<Vec<String>> {
+    coordinators.iter().map(|address| tls.address(address)).collect()
 }
 
 /// The address of this host from which the coordinator is reached: other hosts of the cluster can reach it too.
@@ -107,8 +127,14 @@ fn address_towards(coordinator: &str) -> Result<IpAddr> {
 /// Runs a gateway until it is told to stop.
 pub(crate) async fn gateway(args: GatewayArgs) -> Result<()> {
     let (telemetry, shutdown) = prepare(&args.telemetry, "gateway")?;
-    check_bind(args.http.host, args.http.insecure_bind)?;
+    // A panic's words may quote a prompt; where it happened is enough to find it.
+    std::panic::set_hook(Box::new(
+        |panic| tracing::error!(at = ?panic.location().map(ToString::to_string), "panicked"),
+    ));
+    args.http.access.check_bind(args.http.host, args.http.insecure_bind)?;
     let config = gateway_config(&args)?;
+    show(&config);
+    reload_on_hangup(Arc::clone(&config.reload), shutdown.clone())?;
     let address = SocketAddr::new(args.http.host, args.http.port);
     let listener = listener(args.listen_stdin, address, "--port").await?;
     let outcome = phalanx_gateway::run(config, listener, shutdown).await;
@@ -117,18 +143,43 @@ pub(crate) async fn gateway(args: GatewayArgs) -> Result<()> {
 
 fn gateway_config(args: &GatewayArgs) -> Result<phalanx_gateway::Config> {
     let model_dir = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
-    let mut config = phalanx_gateway::Config::new(&args.coordinator[0], &model_dir);
-    config.coordinators.clone_from(&args.coordinator);
+    let coordinators = addresses(&args.tls, &args.coordinator)?;
+    let mut config = phalanx_gateway::Config::new(&coordinators[0], &model_dir);
+    config.coordinators = coordinators;
+    config.coordinator_tls = args.tls.identity(Role::Gateway)?;
     config.served_names = models::served_names(&model_dir, &args.model.served_model_name);
     config.current_date = args.http.current_date.parse().context("--current-date")?;
     config.reasoning_field = args.http.reasoning_field.name().parse()?;
     config.seed = args.http.seed;
     config.timeouts.drain = Duration::from_secs(args.http.shutdown_timeout);
+    config.keys = args.http.access.keys()?;
+    config.tls = args.http.access.tls_files()?;
+    config.notify_socket = args.notify_socket.clone();
     if let Some(file) = args.http.config.as_ref().or(args.http.profiles.as_ref()) {
         config.profiles = config_file::profiles(file)?;
     }
     config.validate()?;
     Ok(config)
+}
+
+/// SIGHUP reads keys and certificates again, unless it says that the terminal is gone.
+fn reload_on_hangup(reload: Arc<Notify>, shutdown: CancellationToken) -> Result<()> {
+    let (mut hangup, terminal) = (signal(SignalKind::hangup())?, Terminal::now());
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            if terminal.is_gone() {
+                shutdown.cancel();
+            } else {
+                reload.notify_one();
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Says what the process goes by. Keys and passwords do not show themselves.
+fn show(config: &impl std::fmt::Debug) {
+    tracing::info!(?config, "configuration");
 }
 
 /// What every component does first: logs, the bond to its parent, and a token that a signal cancels.

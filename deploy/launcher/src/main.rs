@@ -9,10 +9,14 @@
 //! | [`serve`], [`supervisor`], [`progress`] | the cluster as child processes |
 //! | [`components`] | one coordinator, worker or gateway |
 //! | [`etcd`] | how several coordinators meet |
+//! | [`access`] | keys and certificate of the HTTP door |
 //! | [`telemetry`] | logs and traces |
+//! | [`tls`], [`ca`] | certificates between components, and who makes them |
 //! | [`plan`], [`bench`](mod@bench), [`chat`], [`harmony`] | the tools |
 
+mod access;
 mod bench;
+mod ca;
 mod chat;
 mod cli;
 mod components;
@@ -25,11 +29,14 @@ mod progress;
 mod serve;
 mod supervisor;
 mod telemetry;
+mod tls;
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use phalanx_coordinator::membership::Deposed;
 use phalanx_proto::fault::{Fault, FaultKind};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::cli::{Cli, Command};
 
@@ -46,6 +53,7 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let cli = Cli::parse_from(args);
+    raise_descriptor_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&anyhow::anyhow!("the async runtime cannot start: {error}")),
@@ -59,10 +67,17 @@ fn main() -> ExitCode {
     }
 }
 
+/// Every connection takes a descriptor, and shells allow only 1024 unless asked for more. Where the system refuses,
+/// connections beyond the limit wait.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
 fn refuse(error: &anyhow::Error) -> ExitCode {
     eprintln!("phalanx: {error:#}");
     let broken = |fault: &Fault| matches!(fault.kind, FaultKind::Internal | FaultKind::Diverged);
-    let broken = error.downcast_ref::<Fault>().is_some_and(broken);
+    let broken = error.downcast_ref::<Fault>().is_some_and(broken) || error.is::<Deposed>();
     ExitCode::from(if broken { EXIT_BROKEN } else { EXIT_REFUSED })
 }
 
@@ -76,5 +91,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Chat(args) => chat::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Harmony(args) => harmony::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Key(args) => access::make_key(&args).map(|()| ExitCode::SUCCESS),
+        Command::Ca(args) => ca::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -1,18 +1,69 @@
 //! What people see while a cluster starts: one bar a rank, or plain lines where there is no terminal.
 
-use std::{collections::HashMap, io::IsTerminal, net::SocketAddr, time::Duration};
+use std::{
+    collections::HashMap,
+    io::IsTerminal,
+    os::{linux::net::SocketAddrExt, unix::net as unix},
+    time::Duration,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use phalanx_proto::tls::Identity;
 use phalanx_proto::v1::{DeploymentLoad, GroupState, RankState, WatchRequest, inference_client::InferenceClient};
+use tokio::net::UnixDatagram;
+use tonic::transport::Endpoint;
 
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Where the gateway says that it is ready. Its HTTP door may ask for a key or a certificate that this process does not
+/// have, so it is not asked there.
+pub(crate) struct ReadySocket {
+    socket: UnixDatagram,
+    name: String,
+}
+
+impl ReadySocket {
+    /// Binds a socket of which there is one for each HTTP port.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub(crate) fn bind(port: u16) -> Result<Self> {
+        let name = format!("phalanx-ready-{port}-{}", std::process::id());
+        let bind = || {
+            let socket = unix::UnixDatagram::bind_addr(&unix::SocketAddr::from_abstract_name(&name)?)?;
+            socket.set_nonblocking(true)?;
+            UnixDatagram::from_std(socket)
+        };
+        Ok(Self { socket: bind().with_context(|| format!("abstract socket {name}"))?, name })
+    }
+
+    /// As `NOTIFY_SOCKET` has it.
+    pub(crate) fn address(&self) -> String {
+        format!("@{}", self.name)
+    }
+
+    async fn ready(&self) -> Result<()> {
+        let mut word = [0; 64];
+        loop {
+            let length = self.socket.recv(&mut word).await.context("waiting for the gateway")?;
+            if word[..length].starts_with(b"READY=1") {
+                return Ok(());
+            }
+        }
+    }
+}
+
 /// Follows the coordinator until every deployment is ready and the gateway says so too.
-pub(crate) async fn until_ready(coordinator: &str, gateway: SocketAddr) -> Result<()> {
+pub(crate) async fn until_ready(coordinator: &str, tls: Option<&Identity>, gateway: &ReadySocket) -> Result<()> {
+    let endpoint = Endpoint::from_shared(coordinator.to_owned())?;
+    let endpoint = match tls {
+        Some(identity) => identity.secure(endpoint)?,
+        None => endpoint,
+    };
     let mut client = loop {
-        match InferenceClient::connect(coordinator.to_owned()).await {
-            Ok(client) => break client,
+        match endpoint.connect().await {
+            Ok(channel) => break InferenceClient::new(channel),
             Err(_) => tokio::time::sleep(RETRY).await,
         }
     };
@@ -27,22 +78,10 @@ pub(crate) async fn until_ready(coordinator: &str, gateway: SocketAddr) -> Resul
         }
         if capacity.deployments.iter().all(|deployment| deployment.state() == GroupState::Ready) {
             bars.finish();
-            return until_gateway_ready(gateway).await;
+            return gateway.ready().await;
         }
     }
     bail!("the coordinator ended while the cluster was starting")
-}
-
-async fn until_gateway_ready(gateway: SocketAddr) -> Result<()> {
-    let http = reqwest::Client::new();
-    loop {
-        if let Ok(answer) = http.get(format!("http://{gateway}/readyz")).send().await
-            && answer.status().is_success()
-        {
-            return Ok(());
-        }
-        tokio::time::sleep(RETRY).await;
-    }
 }
 
 struct Bars {

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use phalanx_proto::{
     checkpoint::Checkpoint,
     layout::{Layout, Parallelism},
+    tls::Role,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -19,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     EXIT_REFUSED,
+    access::Terminal,
     cli::{Backend, LoadFormat, ServeArgs},
     models, progress,
     supervisor::{ChildEvent, ChildSpec, Supervised},
@@ -55,17 +57,19 @@ pub(crate) async fn run(args: ServeArgs) -> Result<ExitCode> {
     let http = bind(SocketAddr::new(setup.args.http.host, setup.args.http.port), "--port")?;
     let grpc = bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), setup.args.grpc_port), "--grpc-port")?;
     let (http_address, grpc_address) = (http.local_addr()?, grpc.local_addr()?);
-    let coordinator = format!("http://{grpc_address}");
+    let coordinator = setup.args.tls.address(&grpc_address.to_string())?;
+    let identity = setup.args.tls.identity(Role::Client)?;
+    let ready = progress::ReadySocket::bind(http_address.port())?;
     let cluster = Cluster {
         coordinator: Supervised::start(setup.coordinator(grpc), events.clone())?,
         workers: (0..setup.world_size)
             .map(|rank| Supervised::start(setup.worker(rank, &coordinator), events.clone()))
             .collect::<Result<_>>()?,
-        gateway: Supervised::start(setup.gateway(http, &coordinator), events)?,
+        gateway: Supervised::start(setup.gateway(http, &coordinator, &ready.address()), events)?,
     };
     let grace = Duration::from_secs(setup.args.http.shutdown_timeout);
     let outcome = tokio::select! {
-        ready = progress::until_ready(&coordinator, http_address) => ready.map(|()| None),
+        ready = progress::until_ready(&coordinator, identity.as_deref(), &ready) => ready.map(|()| None),
         gone = until_gone(&mut happened) => Ok(Some(gone)),
         () = signals.first() => { stop(cluster, grace, &mut signals).await; return Ok(ExitCode::SUCCESS) }
     };
@@ -81,9 +85,14 @@ pub(crate) async fn run(args: ServeArgs) -> Result<ExitCode> {
             return Err(error);
         }
     }
-    let gone = tokio::select! {
-        gone = until_gone(&mut happened) => Some(gone),
-        () = signals.first() => None,
+    let gone = loop {
+        tokio::select! {
+            gone = until_gone(&mut happened) => break Some(gone),
+            wish = signals.next() => match wish {
+                Wish::Stop => break None,
+                Wish::Reload => cluster.gateway.reload().await,
+            },
+        }
     };
     stop(cluster, grace, &mut signals).await;
     match gone {
@@ -122,22 +131,38 @@ fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener> {
     Ok(listener)
 }
 
+/// What a signal asks for.
+#[derive(PartialEq, Eq)]
+enum Wish {
+    Stop,
+    /// Keys and certificates are to be read again.
+    Reload,
+}
+
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+    terminal: Terminal,
 }
 
 impl Signals {
     fn new() -> Result<Self> {
         let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        Ok(Self { terminate, interrupt })
+        Ok(Self { terminate, interrupt, hangup: signal(SignalKind::hangup())?, terminal: Terminal::now() })
     }
 
-    async fn first(&mut self) {
+    async fn next(&mut self) -> Wish {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Wish::Stop,
+            _ = self.interrupt.recv() => Wish::Stop,
+            _ = self.hangup.recv() => if self.terminal.is_gone() { Wish::Stop } else { Wish::Reload },
         }
+    }
+
+    /// The first wish to stop.
+    async fn first(&mut self) {
+        while self.next().await == Wish::Reload {}
     }
 }
 
@@ -152,7 +177,10 @@ struct Setup {
 
 impl Setup {
     fn new(args: ServeArgs) -> Result<Self> {
-        check_bind(args.http.host, args.http.insecure_bind)?;
+        args.http.access.check_bind(args.http.host, args.http.insecure_bind)?;
+        // The gateway takes both; what is wrong with them is said before anything is started.
+        args.http.access.keys()?;
+        args.http.access.tls_files()?;
         args.foreign.announce();
         let directory = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
         // The children check it again, each where it runs; here it is refused before anything is started.
@@ -185,6 +213,7 @@ impl Setup {
         out.push(format!("--served-model-name={}", self.names.join(",")));
         out.push(format!("--log-format={format}"));
         out.push(format!("--log={}", telemetry.log));
+        out.extend(self.args.tls.tls.iter().map(|directory| format!("--tls={}", directory.display())));
         out.extend(telemetry.otlp_traces_endpoint.iter().map(|url| format!("--otlp-traces-endpoint={url}")));
         out
     }
@@ -219,7 +248,7 @@ impl Setup {
         ChildSpec { name: format!("worker {rank}"), args, listener: None }
     }
 
-    fn gateway(&self, listener: TcpListener, coordinator: &str) -> ChildSpec {
+    fn gateway(&self, listener: TcpListener, coordinator: &str, notify_socket: &str) -> ChildSpec {
         let (http, mut args) = (&self.args.http, self.common("gateway"));
         args.push("--listen-stdin".into());
         args.push(format!("--coordinator={coordinator}"));
@@ -230,6 +259,8 @@ impl Setup {
         args.push(format!("--shutdown-timeout={}", http.shutdown_timeout));
         args.extend(http.config.as_ref().map(|file| format!("--profiles={}", file.display())));
         args.extend(http.insecure_bind.then(|| "--insecure-bind".into()));
+        args.extend(http.access.flags());
+        args.push(format!("--notify-socket={notify_socket}"));
         ChildSpec { name: "gateway".into(), args, listener: Some(listener) }
     }
 }
@@ -239,21 +270,13 @@ pub(crate) fn parallelism(expert: bool) -> Parallelism {
     if expert { Parallelism::Expert } else { Parallelism::Tensor }
 }
 
-/// Refuses to stand open to a network by accident.
-pub(crate) fn check_bind(host: IpAddr, insecure: bool) -> Result<()> {
-    ensure!(
-        host.is_loopback() || insecure,
-        "listening on {host} would let anyone on the network in; pass --insecure-bind if that is meant"
-    );
-    Ok(())
-}
-
 fn ready_line(setup: &Setup, address: SocketAddr) -> String {
     let (name, args) = (&setup.names[0], &setup.args);
+    let (scheme, key) = args.http.access.to_try();
     info!(%address, model = name, "ready");
     format!(
-        "ready: {name} on {world} {backend} rank(s) at http://{address}\n\
-         try: curl -s http://{address}/v1/chat/completions -H 'Content-Type: application/json' \
+        "ready: {name} on {world} {backend} rank(s) at {scheme}://{address}\n\
+         try: curl -s {scheme}://{address}/v1/chat/completions{key} -H 'Content-Type: application/json' \
          -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \
          \"What is the capital of France?\"}}]}}'",
         world = setup.world_size,

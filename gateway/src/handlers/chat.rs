@@ -18,7 +18,7 @@ use crate::{
     frame::Identity,
     harmony::{
         Control, Harmony, ReasoningEffort, ToolDescription,
-        chat::{AssistantTurn, ChatMessage, ChatPrompt, ToolCall},
+        chat::{AssistantTurn, ChatMessage, ChatPrompt, PromptError, ToolCall},
     },
     openai::{
         chat::{ChatRequest, ReasoningEffort as AskedEffort},
@@ -41,8 +41,8 @@ pub(crate) async fn create(
     let body = read_json(&app.config, request).await?;
     let mut chat = ChatRequest::from_body(body)?;
     let place = app.admit()?;
-    let prepared = Prepared::new(&app, std::mem::take(&mut chat.params), "chatcmpl")?;
-    let turn = Turn::render(&app, &chat, &prepared).await?;
+    let prepared = Prepared::new(&app, &identity, std::mem::take(&mut chat.params), "chatcmpl")?;
+    let turn = Turn::render(&app, &chat, &prepared, &identity.id).await?;
     let max_tokens = prepared.max_tokens(turn.prompt.len(), PROMPT)?;
     let count = prepared.params.n;
     let mut meter = prepared.meter(&app, &identity, "chat", count as usize);
@@ -51,7 +51,7 @@ pub(crate) async fn create(
         let ask = Ask { index, choice: index, max_tokens, logprobs: chat.logprobs, prompt_logprobs: None };
         prepared.request(turn.prompt.clone(), &stops, ask)
     });
-    let generations = start_all(&app, requests, &mut meter, (&identity.id, PROMPT)).await?;
+    let generations = start_all(&app, requests, &mut meter, &identity, PROMPT).await?;
     let choices = generations.into_iter().zip(0..).map(|(generation, index)| Choice {
         generation,
         assembler: ChatAssembler::new(app.harmony.clone(), turn.settings(&chat, &prepared, index)),
@@ -63,6 +63,7 @@ pub(crate) async fn create(
     let dialect = ChatDialect { reasoning_field: app.config.reasoning_field, logprobs: chat.logprobs.is_some() };
     let frame = Frame {
         id: prepared.id.clone(),
+        deadline: identity.deadline,
         created: unix_seconds(),
         model: prepared.served.name.clone(),
         choices: count as usize,
@@ -90,7 +91,12 @@ impl Turn {
     ///
     /// # Errors
     /// When the conversation has no rendering.
-    pub(crate) async fn render(app: &App, chat: &ChatRequest, prepared: &Prepared) -> Result<Self, ApiError> {
+    pub(crate) async fn render(
+        app: &App,
+        chat: &ChatRequest,
+        prepared: &Prepared,
+        request_id: &str,
+    ) -> Result<Self, ApiError> {
         let effort = chat.reasoning_effort.or(prepared.reasoning_effort).unwrap_or_default();
         let prompt = chat_prompt(chat, effort, app.config.current_date.at(std::time::SystemTime::now()));
         let named = match &chat.tool_choice {
@@ -104,11 +110,12 @@ impl Turn {
             ids.extend(&prefill);
             Ok(Self { prompt: ids, functions: prompt.function_names(), prefill })
         });
-        let broken = |error: &dyn std::fmt::Display| ApiError::invalid_value(PROMPT, error);
-        rendered
-            .await
-            .map_err(|error| broken(&error))?
-            .map_err(|error: crate::harmony::chat::PromptError| broken(&error))
+        let rendered: Result<_, PromptError> = rendered.await.map_err(|error| {
+            // Not the panic's own words, which may quote the conversation.
+            tracing::error!(request_id, panicked = error.is_panic(), "conversation could not be rendered");
+            ApiError::internal(request_id)
+        })?;
+        rendered.map_err(|error| ApiError::invalid_value(PROMPT, error))
     }
 
     fn settings(&self, chat: &ChatRequest, prepared: &Prepared, choice: u32) -> ChatSettings {

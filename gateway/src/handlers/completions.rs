@@ -34,13 +34,13 @@ pub(crate) async fn create(
     let body = read_json(&app.config, request).await?;
     let mut asked = CompletionRequest::from_body(body)?;
     let place = app.admit()?;
-    let prepared = Prepared::new(&app, std::mem::take(&mut asked.params), "cmpl")?;
+    let prepared = Prepared::new(&app, &identity, std::mem::take(&mut asked.params), "cmpl")?;
     let prompts = encode(&app, std::mem::take(&mut asked.prompts), &identity.id).await?;
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len() as u64).sum();
     let plan = plan(&prepared, &asked, &prompts)?;
     let mut meter = prepared.meter(&app, &identity, "text_completion", plan.len());
     let requests = plan.iter().map(|(prompt, ask)| prepared.request(prompt.ids.clone(), &[], *ask));
-    let generations = start_all(&app, requests, &mut meter, (&identity.id, PROMPT)).await?;
+    let generations = start_all(&app, requests, &mut meter, &identity, PROMPT).await?;
     let choices = generations.into_iter().zip(&plan).map(|(generation, (prompt, ask))| Choice {
         generation,
         assembler: TextAssembler::new(Arc::clone(app.harmony.tokenizer()), settings(&app, &prepared, &asked, prompt)),
@@ -53,6 +53,7 @@ pub(crate) async fn create(
     let dialect = TextDialect { logprobs: asked.logprobs.is_some(), prompt_ids: ids.collect() };
     let frame = Frame {
         id: prepared.id.clone(),
+        deadline: identity.deadline,
         created: unix_seconds(),
         model: prepared.served.name.clone(),
         choices: plan.len(),
@@ -80,7 +81,8 @@ async fn encode(app: &App, prompts: Vec<Prompt>, request_id: &str) -> Result<Vec
     };
     let encoded = tokio::task::spawn_blocking(move || prompts.into_iter().map(encode_one).collect());
     encoded.await.map_err(|error| {
-        tracing::error!(request_id, %error, "prompt could not be encoded");
+        // Not the panic's own words, which may quote the prompt.
+        tracing::error!(request_id, panicked = error.is_panic(), "prompt could not be encoded");
         ApiError::internal(request_id)
     })
 }

@@ -21,6 +21,7 @@ use tracing::{Instrument, warn};
 use super::replies::{Replies, Step};
 use crate::{
     app::App,
+    frame::Deadline,
     openai::{
         error::ApiError,
         params::StreamOptions,
@@ -70,6 +71,7 @@ pub(crate) struct End {
 /// What the answer's frame holds.
 pub(crate) struct Frame {
     pub(crate) id: String,
+    pub(crate) deadline: Deadline,
     pub(crate) created: u64,
     pub(crate) model: String,
     pub(crate) choices: usize,
@@ -88,12 +90,12 @@ impl Frame {
 }
 
 /// Why nothing more is awaited.
-async fn interruption(app: &App, deadline: Instant) -> ApiError {
+async fn interruption(app: &App, deadline: Deadline) -> ApiError {
     tokio::select! {
         () = app.deadline.cancelled() => {
             ApiError::unavailable("draining", "The gateway is shutting down; the answer was cut.")
         }
-        () = sleep_until(deadline) => ApiError::deadline(app.config.timeouts.request.as_secs()),
+        () = sleep_until(deadline.at) => ApiError::deadline(deadline.ms),
     }
 }
 
@@ -118,10 +120,9 @@ pub(crate) async fn whole<D: Dialect>(
         }
         Ok(all)
     };
-    let deadline = Instant::now() + app.config.timeouts.request;
     let result = tokio::select! {
         result = collected => result,
-        error = interruption(app, deadline) => Err(error),
+        error = interruption(app, frame.deadline) => Err(error),
     };
     let all = result.inspect_err(|error| replies.fail(error))?;
     let usage = replies.complete();
@@ -184,7 +185,6 @@ impl<D: Dialect> Writer<D> {
     }
 
     async fn write(&mut self) -> Result<(), Gone> {
-        let deadline = Instant::now() + self.app.config.timeouts.request;
         let mut quiet_since = Instant::now();
         loop {
             let step = tokio::select! {
@@ -195,7 +195,7 @@ impl<D: Dialect> Writer<D> {
                     quiet_since = Instant::now();
                     continue;
                 }
-                error = interruption(&self.app, deadline) => Some(Err(error)),
+                error = interruption(&self.app, self.frame.deadline) => Some(Err(error)),
             };
             match step {
                 Some(Ok(step)) => {

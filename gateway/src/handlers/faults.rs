@@ -23,11 +23,11 @@ pub(crate) fn api_error(fault: &Fault, request_id: &str, prompt: &str) -> ApiErr
             let error = ApiError::new(StatusCode::NOT_FOUND, ErrorKind::NotFound, "model_not_found", text);
             ApiError { param: Some("model".to_owned()), ..error }
         }
-        FaultKind::QueueFull => ApiError::too_many_requests(text),
-        FaultKind::NotReady => ApiError::unavailable("not_ready", text),
-        FaultKind::Draining => ApiError::unavailable("draining", text),
+        FaultKind::QueueFull => ApiError::too_many_requests(text).retry_after(fault.retry_after),
+        FaultKind::NotReady => ApiError::unavailable("not_ready", text).retry_after(fault.retry_after),
+        FaultKind::Draining => ApiError::unavailable("draining", text).retry_after(fault.retry_after),
         FaultKind::WorkerLost | FaultKind::StaleEpoch | FaultKind::CollectiveAborted => {
-            ApiError::unavailable("worker_lost", text)
+            ApiError::unavailable("worker_lost", text).retry_after(fault.retry_after)
         }
         FaultKind::DuplicateRequest
         | FaultKind::Diverged

@@ -14,17 +14,19 @@ use serde_json::{Value, json};
 use crate::{
     app::{App, capitalized},
     frame::Identity,
-    instruments::{NO_PROFILE, size_name},
+    instruments::{KeyLabels, NO_PROFILE, size_name},
     openai::error::ApiError,
+    routes::{OPEN, routes},
     upstream::state_name,
 };
 
 /// What [`metrics`] answers with; OpenMetrics is what Prometheus asks for first.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Where to look next.
+/// Where to look next: every route, as the router has it.
 pub(crate) async fn root() -> Json<Value> {
-    let endpoints = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/stats", "/metrics", "/readyz"];
+    let guarded = routes().into_iter().map(|route| format!("{} {}", route.method, route.path));
+    let endpoints: Vec<_> = guarded.chain([format!("GET {OPEN}")]).collect();
     Json(json!({ "name": "phalanx", "version": env!("CARGO_PKG_VERSION"), "endpoints": endpoints }))
 }
 
@@ -40,7 +42,13 @@ pub(crate) async fn readyz(State(app): State<Arc<App>>) -> Response {
         return ApiError::unavailable("draining", "The gateway is shutting down.").into_response();
     }
     if fleet.is_ready() {
-        return Json(json!({ "status": "ready" })).into_response();
+        // Requests are answered, so this is no reason to send them elsewhere; but somebody should know.
+        let trouble: Vec<&str> = fleet.deployments.iter().map(|load| load.detail.as_str()).collect();
+        return match trouble.concat().as_str() {
+            "" => Json(json!({ "status": "ready" })),
+            _ => Json(json!({ "status": "degraded", "detail": trouble.join("; ") })),
+        }
+        .into_response();
     }
     let fault = fleet.not_ready();
     ApiError::unavailable("not_ready", capitalized(&fault.message)).into_response()
@@ -56,6 +64,10 @@ pub(crate) async fn metrics(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
 ) -> Result<Response, ApiError> {
+    for tenant in app.access.tenants() {
+        let key = KeyLabels { key: tenant.name.clone() };
+        app.instruments.key_running.get_or_create(&key).set(f64::from(tenant.quota.running()));
+    }
     let text = app.instruments.write(&app.upstream.fleet(), app.served_as()).map_err(|error| {
         tracing::error!(request_id = identity.id, %error, "metrics could not be written");
         ApiError::internal(&identity.id)
@@ -68,12 +80,30 @@ pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let fleet = app.upstream.fleet();
     let mut body = app.stats.body(Instant::now());
     body["state"] = json!(fleet.state());
+    body["keys"] = keys(&app);
     body["profile"] = json!(app.config.profiles.default_name().unwrap_or(NO_PROFILE));
     if let Some(load) = fleet.deployments.first() {
         let names = app.names(&fleet);
         describe(&mut body, load, names.first().map_or("", String::as_str));
     }
     Json(body)
+}
+
+/// What each key has asked for, by the name that its file gives it.
+fn keys(app: &App) -> Value {
+    let tenants = app.access.tenants().into_iter();
+    let figures = tenants.map(|tenant| {
+        let key = KeyLabels { key: tenant.name.clone() };
+        let figures = json!({
+            "running": tenant.quota.running(),
+            "requests": app.instruments.key_requests.get_or_create(&key).get(),
+            "refused": app.instruments.refusals_of(&key),
+            "prompt_tokens": app.instruments.key_prompt_tokens.get_or_create(&key).get(),
+            "generation_tokens": app.instruments.key_generation_tokens.get_or_create(&key).get(),
+        });
+        (tenant.name.clone(), figures)
+    });
+    Value::Object(figures.collect())
 }
 
 fn describe(body: &mut Value, load: &DeploymentLoad, name: &str) {

@@ -6,12 +6,14 @@ use futures::future::try_join_all;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use phalanx_proto::{
     trace,
-    v1::{GenerateRequest, Sampling},
+    v1::{self, GenerateRequest, Sampling},
 };
+use tokio::time::timeout_at;
 use uuid::Uuid;
 
 use super::faults::api_error;
 use crate::{
+    access::{Tenant, salt_of},
     app::{App, Served},
     frame::Identity,
     instruments::{NO_PROFILE, labels},
@@ -35,6 +37,7 @@ pub(crate) struct Prepared {
     pub(crate) seed: u64,
     /// Of the profile.
     pub(crate) reasoning_effort: Option<ReasoningEffort>,
+    tenant: Option<Arc<Tenant>>,
     profile: Option<String>,
     /// Of the profile; unlike the request's own it gives way to the context.
     profile_max_tokens: Option<u32>,
@@ -56,8 +59,8 @@ impl Prepared {
     /// Applies the profile and finds the model.
     ///
     /// # Errors
-    /// An unknown profile or model, or none that is known yet.
-    pub(crate) fn new(app: &App, mut params: Params, id_prefix: &str) -> Result<Self, ApiError> {
+    /// An unknown profile or model, one that the key may not use, or none that is known yet.
+    pub(crate) fn new(app: &App, identity: &Identity, mut params: Params, id_prefix: &str) -> Result<Self, ApiError> {
         let unknown = |known: Vec<&str>| {
             let name = params.profile.clone().unwrap_or_default();
             ApiError::invalid_value("profile", format!("'{name}' is not one of {}", known.join(", ")))
@@ -71,7 +74,8 @@ impl Prepared {
         let seed = params.sampling.seed.or(app.config.seed);
         let seed = seed.map_or_else(|| Uuid::new_v4().as_u64_pair().0, i64::cast_unsigned);
         Ok(Self {
-            served: app.model(model.as_deref())?,
+            served: app.model(model.as_deref(), identity.tenant.as_deref())?,
+            tenant: identity.tenant.clone(),
             id: format!("{id_prefix}-{}", Uuid::new_v4().simple()),
             seed,
             reasoning_effort: profile.reasoning_effort,
@@ -125,10 +129,16 @@ impl Prepared {
             stop_token_ids,
             sampling: Some(self.sampling(ask)),
             priority: self.params.priority.unwrap_or(0),
-            cache_salt: self.params.cache_salt.clone(),
+            cache_salt: self.cache_salt(),
             resume: Vec::new(),
-            tenant: None,
+            tenant: self.tenant.as_ref().map(|tenant| v1::Tenant { id: tenant.name.clone(), weight: tenant.weight }),
         }
+    }
+
+    /// Tenants share no cached prefixes: the time to the first token would tell one what another has asked.
+    fn cache_salt(&self) -> String {
+        let asked = &self.params.cache_salt;
+        self.tenant.as_ref().map_or_else(|| asked.clone(), |tenant| salt_of(&tenant.name, asked))
     }
 
     fn sampling(&self, ask: Ask) -> Sampling {
@@ -159,7 +169,9 @@ impl Prepared {
         }
         let profile = self.profile.as_deref().unwrap_or(NO_PROFILE);
         let labels = labels(&self.served.load, app.served_as(), profile);
-        Meter::new(Arc::clone(&app.instruments), Arc::clone(&app.stats), labels, choices, span, identity.arrived)
+        let meter =
+            Meter::new(Arc::clone(&app.instruments), Arc::clone(&app.stats), labels, choices, span, identity.arrived);
+        meter.charged_to(self.tenant.clone())
     }
 
     /// The headers that say what applied and what did not.
@@ -179,18 +191,22 @@ impl Prepared {
     }
 }
 
-/// Submits every choice of an answer. `names` are the request's id and what its endpoint calls the prompt.
+/// Submits every choice of an answer. `prompt` is what its endpoint calls the prompt.
 ///
 /// # Errors
-/// The first fault of any of them, after which none of the others goes on.
+/// The first fault of any of them, or the deadline; after either none of the others goes on.
 pub(crate) async fn start_all(
     app: &App,
     requests: impl Iterator<Item = GenerateRequest>,
     meter: &mut Meter,
-    (request_id, prompt): (&str, &str),
+    identity: &Identity,
+    prompt: &str,
 ) -> Result<Vec<Generation>, ApiError> {
     let span = meter.span().clone();
     let starts = requests.map(|request| Generation::start(Arc::clone(&app.upstream), request, span.clone()));
-    let started = try_join_all(starts).await;
-    started.map_err(|fault| api_error(&fault, request_id, prompt)).inspect_err(|error| meter.fail(error))
+    let started = match timeout_at(identity.deadline.at, try_join_all(starts)).await {
+        Ok(started) => started.map_err(|fault| api_error(&fault, &identity.id, prompt)),
+        Err(_) => Err(ApiError::deadline(identity.deadline.ms)),
+    };
+    started.inspect_err(|error| meter.fail(error))
 }

@@ -66,7 +66,7 @@ impl<A: Assembler> Replies<A> {
     pub(crate) fn new(
         choices: Vec<Choice<A>>,
         prompt_tokens: u64,
-        meter: Meter,
+        mut meter: Meter,
         request_id: String,
         prompt: &'static str,
         place: OwnedSemaphorePermit,
@@ -84,6 +84,7 @@ impl<A: Assembler> Replies<A> {
                 done: false,
             });
         }
+        meter.prompt(prompt_tokens);
         let usage = Usage { prompt_tokens, ..Usage::default() };
         Self { events, slots, usage, meter, request_id, prompt, _place: place }
     }

@@ -1,10 +1,15 @@
 //! Errors in OpenAI's form: four keys in the body, and the headers that tell a client whether to try again.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     response::{IntoResponse, Response},
 };
-use http::{HeaderName, HeaderValue, StatusCode, header::RETRY_AFTER};
+use http::{
+    HeaderName, HeaderValue, StatusCode,
+    header::{RETRY_AFTER, WWW_AUTHENTICATE},
+};
 use serde_json::{Value, json};
 
 /// Tells OpenAI's clients not to send the same request again.
@@ -15,6 +20,7 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 pub(crate) enum ErrorKind {
     InvalidRequest,
     NotFound,
+    Permission,
     RateLimit,
     Server,
 }
@@ -24,6 +30,7 @@ impl ErrorKind {
         match self {
             Self::InvalidRequest => "invalid_request_error",
             Self::NotFound => "not_found_error",
+            Self::Permission => "permission_error",
             Self::RateLimit => "rate_limit_error",
             Self::Server => "server_error",
         }
@@ -94,6 +101,18 @@ impl ApiError {
         Self { param: Some("model".to_owned()), ..error }
     }
 
+    /// The request carries no key that is known here.
+    pub(crate) fn unauthorized(message: &str) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, ErrorKind::InvalidRequest, "invalid_api_key", message)
+    }
+
+    /// The model exists, but not for this key.
+    pub(crate) fn model_not_allowed(name: &str) -> Self {
+        let text = format!("This key may not use the model '{name}'; GET /v1/models lists those it may use.");
+        let error = Self::new(StatusCode::FORBIDDEN, ErrorKind::Permission, "model_not_allowed", text);
+        Self { param: Some("model".to_owned()), ..error }
+    }
+
     /// The gateway has as much to do as it accepts.
     pub(crate) fn too_many_requests(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, ErrorKind::RateLimit, "rate_limit_exceeded", message);
@@ -119,9 +138,15 @@ impl ApiError {
     }
 
     /// The whole request took longer than it may.
-    pub(crate) fn deadline(seconds: u64) -> Self {
-        let text = format!("The request was not finished after {seconds} s.");
-        Self::new(StatusCode::GATEWAY_TIMEOUT, ErrorKind::Server, "deadline_exceeded", text)
+    pub(crate) fn deadline(ms: u64) -> Self {
+        let text = format!("The request was not finished after {} s.", ms as f64 / 1000.0);
+        Self::new(StatusCode::GATEWAY_TIMEOUT, ErrorKind::Server, "timeout", text)
+    }
+
+    /// The same error, with the time after which another attempt is likely to succeed, if that is known.
+    pub(crate) fn retry_after(self, wait: Option<Duration>) -> Self {
+        let seconds = wait.map(|wait| u32::try_from(wait.as_millis().div_ceil(1000).max(1)).unwrap_or(u32::MAX));
+        Self { retry_after_s: seconds.or(self.retry_after_s), ..self }
     }
 
     /// The JSON body; also the `data` of an error in mid-stream.
@@ -142,6 +167,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if self.is_final() {
             response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));

@@ -35,7 +35,7 @@ pub(crate) use generation::Generation;
 /// Answers of the coordinator are small but for log-probabilities of a whole prompt, in bytes.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// Pings that find out that a coordinator no longer answers. Seconds, since a loaded machine answers late.
-const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
+const PING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
 /// First and longest pause between attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -63,6 +63,10 @@ impl Upstream {
                 .keep_alive_timeout(PING.1)
                 .keep_alive_while_idle(true)
                 .tcp_nodelay(true);
+            let endpoint = match &config.coordinator_tls {
+                Some(identity) => identity.secure(endpoint)?,
+                None => endpoint,
+            };
             Ok(InferenceClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_MESSAGE_BYTES))
         };
         Ok(Self {
@@ -78,6 +82,12 @@ impl Upstream {
     /// What the coordinator said last.
     pub(crate) fn fleet(&self) -> Fleet {
         self.fleet.borrow().clone()
+    }
+
+    /// Waits until something can be generated.
+    pub(crate) async fn became_ready(&self) {
+        // The sender lives as long as `self`, so waiting ends only with a group that is ready.
+        let _ = self.fleet.subscribe().wait_for(Fleet::is_ready).await;
     }
 
     /// Keeps a `Watch` open until `shutdown`, at the next coordinator when one is lost.

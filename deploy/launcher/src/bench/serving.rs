@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Percentiles, Times, sse::SseLines};
-use crate::cli::BenchArgs;
+use crate::{access::http_client, cli::BenchArgs};
 
 /// What one level of concurrency gave.
 #[derive(Debug, Serialize)]
@@ -171,7 +171,7 @@ struct Target {
 
 impl Target {
     async fn new(args: BenchArgs) -> Result<Self> {
-        let http = reqwest::Client::new();
+        let http = http_client()?;
         let url = format!("{}/v1/models", args.url);
         let models: Value = http.get(&url).send().await.with_context(|| url.clone())?.json().await.context(url)?;
         let model = models["data"][0]["id"].as_str().context("the server lists no model")?.to_owned();
