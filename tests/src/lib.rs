@@ -3,6 +3,7 @@
 #![allow(clippy::panic, reason = "a panic is how a test fails")]
 
 pub mod cluster;
+pub mod faults;
 pub mod hosts;
 pub mod parts;
 pub mod proxy;
@@ -29,4 +30,9 @@ pub fn python() -> PathBuf {
     let python = told.unwrap_or_else(|| root().join("target/venv/bin/python"));
     assert!(python.exists(), "{} is missing: run the tests with tests/run, which prepares it", python.display());
     python
+}
+
+/// Whether figures are asked for at their full size (`PHALANX_FULL=1`); without it, each takes at most a few minutes.
+pub fn full_size() -> bool {
+    std::env::var_os("PHALANX_FULL").is_some_and(|value| !value.is_empty() && value != "0")
 }

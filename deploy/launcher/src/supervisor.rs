@@ -29,8 +29,9 @@ use crate::{EXIT_ORPHANED, EXIT_REFUSED};
 
 /// A child that never lived for [`SOUND_LIFE`] is not started again after more crashes than this.
 const MAX_CRASHES: u32 = 5;
-/// A child that lived for so long had nothing wrong with it when it started; it is started again as if for the first time.
-const SOUND_LIFE: Duration = Duration::from_secs(5);
+/// A child that lived for so long does not keep a processor busy with starting; it is started again as if for the first
+/// time.
+const SOUND_LIFE: Duration = Duration::from_secs(1);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 
@@ -346,7 +347,7 @@ mod tests {
     #[tokio::test]
     async fn a_child_is_silent_when_its_signs_stop_and_not_before() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let started = Instant::now();
+        let (started, mut pulse) = (Instant::now(), Some(ours));
         let child = async {
             for _ in 0..10 {
                 theirs.write_all(&[1]).await.unwrap();
@@ -355,7 +356,7 @@ mod tests {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            () = silent(&mut Some(ours), &QUICK) => {}
+            () = silent(&mut pulse, &QUICK) => {}
             () = child => {}
         }
         // From the last of ten signs on.
