@@ -22,8 +22,8 @@ const MAX_HELLO_BYTES: usize = 256;
 const MAX_RENDEZVOUS_BYTES: usize = 64 << 10;
 /// When a stream breaks, who is gone becomes clear a moment later: forming at once would only fail again.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Shortest wait after an epoch could not be issued.
-const REISSUE: Duration = Duration::from_millis(100);
+/// Wait after an epoch could not be issued.
+const REISSUE: Duration = Duration::from_millis(500);
 
 impl Group {
     /// Takes a worker in.
@@ -186,10 +186,13 @@ impl Group {
                 self.phase = Phase::Preparing { epoch, since: now };
             }
             Err(error) => {
-                self.last_failure = format!("no epoch could be issued: {error}");
-                warn!(%error, "no epoch could be issued");
-                self.phase =
-                    Phase::Gathering { not_before: now + self.crashes.record(now, Duration::ZERO).max(REISSUE) };
+                let reason = format!("no epoch could be issued: {error}");
+                // Nothing is wrong with the group, so this counts as no crash. Saying it once is enough.
+                if reason != self.last_failure {
+                    warn!(%error, "no epoch could be issued");
+                    self.last_failure = reason;
+                }
+                self.phase = Phase::Gathering { not_before: now + REISSUE };
             }
         }
     }

@@ -54,7 +54,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const LOOK_OFTEN: Duration = Duration::from_millis(500);
 /// How long the leader's place must be seen empty before a coordinator that did not lead takes it. A leader that etcd
 /// forgot takes it again sooner, and nothing is interrupted.
-const VACANCY: Duration = Duration::from_secs(1);
+const VACANCY: Duration = Duration::from_secs(2);
 /// Attempts to issue one epoch; only a rival's luck makes more than one necessary.
 const ATTEMPTS: usize = 4;
 /// Longest wait for etcd to hear that this coordinator leaves.

@@ -273,10 +273,13 @@ fn is_stale_token(status: &Status) -> bool {
     status.code() == Code::Unauthenticated || status.message().contains("revision of auth store is old")
 }
 
-/// tonic says "transport error"; what matters is beneath.
+/// tonic says "transport error"; what matters is beneath. Some layers only repeat the one below.
 fn with_sources(status: &Status) -> String {
     let sources = std::iter::successors(std::error::Error::source(status), |error| error.source());
-    sources.fold(status.message().to_owned(), |text, source| format!("{text}: {source}"))
+    sources.map(ToString::to_string).fold(status.message().to_owned(), |text, source| match text.contains(&source) {
+        true => text,
+        false => format!("{text}: {source}"),
+    })
 }
 
 fn connect(address: &str, tls: Option<ClientTlsConfig>) -> Result<Channel, EtcdError> {
