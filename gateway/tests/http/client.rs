@@ -60,6 +60,15 @@ impl Client {
         self.raw(&post_request(path, body, headers)).await
     }
 
+    pub(crate) async fn get_as(self, key: &str, path: &str) -> Answer {
+        self.raw(format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{}\r\n", bearer(key)).as_bytes())
+            .await
+    }
+
+    pub(crate) async fn chat_as(self, key: &str, body: Value) -> Answer {
+        self.post_bytes("/v1/chat/completions", chat_body(body).to_string().as_bytes(), &bearer(key)).await
+    }
+
     /// Sends bytes and reads the response to its end.
     pub(crate) async fn raw(self, request: &[u8]) -> Answer {
         let mut stream = self.send(request).await;
@@ -70,17 +79,19 @@ impl Client {
         Answer { status: stream.status, headers: stream.headers, body }
     }
 
-    pub(crate) async fn chat(self, mut body: Value) -> Answer {
-        if body.get("messages").is_none() {
-            body["messages"] = json!([{"role": "user", "content": "Spell tree."}]);
-        }
-        self.post("/v1/chat/completions", body).await
+    pub(crate) async fn chat(self, body: Value) -> Answer {
+        self.post("/v1/chat/completions", chat_body(body)).await
     }
 
     /// Begins a streamed answer.
-    pub(crate) async fn open(self, path: &str, mut body: Value) -> Events {
+    pub(crate) async fn open(self, path: &str, body: Value) -> Events {
+        self.open_with(path, body, "").await
+    }
+
+    /// Begins a streamed answer. `headers` are whole lines.
+    pub(crate) async fn open_with(self, path: &str, mut body: Value, headers: &str) -> Events {
         body["stream"] = json!(true);
-        self.send(&post_request(path, body.to_string().as_bytes(), "")).await
+        self.send(&post_request(path, body.to_string().as_bytes(), headers)).await
     }
 
     async fn send(self, request: &[u8]) -> Events {
@@ -88,6 +99,19 @@ impl Client {
         socket.write_all(request).await.unwrap();
         Events::begin(BufReader::new(socket)).await
     }
+}
+
+/// The header line with a key.
+pub(crate) fn bearer(key: &str) -> String {
+    format!("authorization: Bearer {key}\r\n")
+}
+
+/// A chat about what the scripted coordinator knows, unless the body says otherwise.
+pub(crate) fn chat_body(mut body: Value) -> Value {
+    if body.get("messages").is_none() {
+        body["messages"] = json!([{"role": "user", "content": "Spell tree."}]);
+    }
+    body
 }
 
 fn post_request(path: &str, body: &[u8], headers: &str) -> Vec<u8> {

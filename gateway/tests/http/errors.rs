@@ -16,6 +16,8 @@ async fn every_bad_parameter_is_named() {
         body
     };
     let tool = |name: &str| json!({"type": "function", "function": {"name": name}});
+    let biases = |count: usize| Value::Object((0..count).map(|id| (id.to_string(), json!(1))).collect());
+    let many = |count: usize| (0..count).map(|at| tool(&format!("tool_{at}"))).collect::<Vec<_>>();
     let table = [
         (json!({}), "messages", "missing_required_parameter"),
         (json!({"messages": []}), "messages", "invalid_value"),
@@ -46,7 +48,11 @@ async fn every_bad_parameter_is_named() {
         (with("n", json!(true)), "n", "invalid_type"),
         (with("stop", json!([""])), "stop", "invalid_value"),
         (with("stop", json!(5)), "stop", "invalid_type"),
+        (with("stop", json!(vec!["x"; 17])), "stop", "invalid_value"),
+        (with("stop", json!(["x".repeat(257)])), "stop", "invalid_value"),
+        (with("cache_salt", json!("x".repeat(257))), "cache_salt", "invalid_value"),
         (with("logit_bias", json!({"x": 1})), "logit_bias", "invalid_value"),
+        (with("logit_bias", biases(1025)), "logit_bias", "invalid_value"),
         (with("logit_bias", json!({"5": 101})), "logit_bias.5", "invalid_value"),
         (with("top_logprobs", json!(2)), "top_logprobs", "invalid_value"),
         (with("stream", json!("yes")), "stream", "invalid_type"),
@@ -58,6 +64,7 @@ async fn every_bad_parameter_is_named() {
         (with("tools", json!([{"type": "web_search"}])), "tools[0].type", "unsupported_parameter"),
         (with("tools", json!([tool("a b")])), "tools[0].function.name", "invalid_value"),
         (with("tools", json!([tool("a"), tool("a")])), "tools[1].function.name", "invalid_value"),
+        (with("tools", json!(many(129))), "tools", "invalid_value"),
         (with("tool_choice", json!("required")), "tool_choice", "invalid_value"),
         (with("tool_choice", tool("a")), "tool_choice.function.name", "invalid_value"),
         (with("profile", json!("fast")), "profile", "invalid_value"),
@@ -71,6 +78,11 @@ async fn every_bad_parameter_is_named() {
         assert_eq!(answer.headers["x-should-retry"], "false", "{body}");
     }
     assert_eq!(gateway.coordinator.asked_count(), 0, "nothing of it reached the coordinator");
+    let most = json!({"stop": vec!["x".repeat(256); 16], "logit_bias": biases(1024), "cache_salt": "x".repeat(256)});
+    gateway.client.chat(most).await.ok();
+    // So many tools exceed the context of this model, but not the limit.
+    let tools = gateway.client.chat(json!({"tools": many(128)})).await;
+    assert_eq!(tools.error(), (400, json!("messages"), json!("context_length_exceeded")));
     gateway.client.chat(json!({})).await.ok();
 }
 

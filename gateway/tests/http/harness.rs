@@ -32,9 +32,14 @@ pub(crate) async fn start() -> Gateway {
 }
 
 pub(crate) async fn start_with(configure: impl FnOnce(&mut Config)) -> Gateway {
+    start_for_key("", configure).await
+}
+
+/// A gateway that is ready for the owner of a key.
+pub(crate) async fn start_for_key(key: &str, configure: impl FnOnce(&mut Config)) -> Gateway {
     let gateway = start_unready(configure).await;
     timeout(PATIENCE, async {
-        while gateway.client.get("/readyz").await.status != 200 {
+        while gateway.client.get_as(key, "/readyz").await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })

@@ -25,9 +25,15 @@ async fn answer_to(gateway: &Gateway, bytes: &[u8]) -> String {
 #[tokio::test]
 async fn a_header_that_does_not_end_is_cut_off() {
     let gateway = start_with(|config| config.timeouts.header = Duration::from_millis(100)).await;
-    for begun in ["", "P", "GET / HTTP/1.1\r\nhost: te"] {
-        answer_to(&gateway, begun.as_bytes()).await;
+    assert_eq!(answer_to(&gateway, b"").await, "", "who says nothing is told nothing");
+    for begun in ["P", "GET / HTTP/1.1\r\nhost: te"] {
+        let answer = answer_to(&gateway, begun.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{begun:?}: {answer}");
+        assert!(answer.contains("\"code\":\"header_timeout\""), "{answer}");
     }
+    // A connection that was used and then left alone just ends.
+    let idle = answer_to(&gateway, b"GET /livez HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    assert!(idle.starts_with("HTTP/1.1 200 OK\r\n") && !idle.contains("408"), "{idle}");
     gateway.client.chat(json!({})).await.ok();
 }
 

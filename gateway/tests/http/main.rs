@@ -7,12 +7,15 @@
 mod chat;
 mod client;
 mod coordinator;
+mod deadlines;
 mod errors;
 mod faults;
 mod golden;
 mod harness;
+mod keys;
 mod limits;
 mod observe;
 mod parameters;
 mod stream;
 mod text;
+mod tls;
