@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod faults;
 pub mod hosts;
 pub mod parts;
+pub mod load;
 pub mod proxy;
 
 use std::path::{Path, PathBuf};
