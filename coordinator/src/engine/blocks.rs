@@ -72,9 +72,9 @@ impl Pool {
         self.pending
     }
 
-    /// Whether nobody refers to the block.
-    pub(super) fn is_unreferenced(&self, id: BlockId) -> bool {
-        self.blocks[id.index()].refs == 0
+    /// Tables that name the block, and releases of it that wait for their step.
+    pub(super) fn refs(&self, id: BlockId) -> u32 {
+        self.blocks[id.index()].refs
     }
 
     /// Whether only releases refer to the block that wait for their step.

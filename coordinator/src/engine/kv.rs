@@ -143,11 +143,6 @@ impl Table {
         Blocks { full: self.full.len(), sliding: self.sliding_start + self.sliding.len() }
     }
 
-    /// Number of sliding blocks held now.
-    pub(super) fn sliding_held(&self) -> usize {
-        self.sliding.len()
-    }
-
     /// Index of the first sliding block that is still held.
     pub(super) fn sliding_start(&self) -> usize {
         self.sliding_start
@@ -223,6 +218,11 @@ impl KvCache {
     /// Blocks that can be taken once the plans in flight have been acknowledged.
     pub(super) fn pending(&self) -> Blocks {
         Blocks { full: self.full.pending(), sliding: self.sliding.pending() }
+    }
+
+    /// Sliding blocks that no other table than this one names.
+    pub(super) fn sliding_unshared(&self, table: &Table) -> usize {
+        table.sliding.iter().filter(|&&id| self.sliding.refs(id) == 1).count()
     }
 
     /// References that wait for their step.

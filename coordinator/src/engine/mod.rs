@@ -25,6 +25,8 @@ mod blocks;
 mod integrity;
 mod kv;
 mod limits;
+#[cfg(test)]
+mod naive;
 mod prefix;
 mod queue;
 mod results;

@@ -98,8 +98,8 @@ impl KvCache {
         let sliding_start = shape.first_visible(best * shape.block_size).min(best);
         let sliding: Vec<BlockId> = sliding.into_iter().take(best).skip(sliding_start).flatten().collect();
         let unreferenced = Blocks {
-            full: full.iter().filter(|&&id| self.full().is_unreferenced(id)).count(),
-            sliding: sliding.iter().filter(|&&id| self.sliding().is_unreferenced(id)).count(),
+            full: full.iter().filter(|&&id| self.full().refs(id) == 0).count(),
+            sliding: sliding.iter().filter(|&&id| self.sliding().refs(id) == 0).count(),
         };
         let returning = Blocks {
             full: full.iter().filter(|&&id| self.full().is_returning(id)).count(),

@@ -170,7 +170,7 @@ impl Engine {
         let mut claims = Blocks::default();
         if self.tenants.waiting() > 0 {
             let running = self.running.iter().filter_map(|standing| self.sequences.get(&standing.sequence));
-            running.for_each(|sequence| claims += sequence.claim(self.kv.shape(), self.config.output_horizon));
+            running.for_each(|sequence| claims += sequence.claim(&self.kv, self.config.output_horizon));
         }
         claims
     }
@@ -190,9 +190,9 @@ impl Engine {
         let filled = start / shape.block_size..end / shape.block_size;
         draft.filling.extend(filled.filter_map(|index| sequence.keys.get(index)));
         let horizon = self.config.output_horizon;
-        let claim = sequence.claim(&shape, horizon);
+        let claim = sequence.claim(&self.kv, horizon);
         draft.plan.slices.extend(sequence.plan_slice(end, &mut self.kv));
-        draft.claims = draft.claims.minus(claim) + sequence.claim(&shape, horizon);
+        draft.claims = draft.claims.minus(claim) + sequence.claim(&self.kv, horizon);
         draft.prefilled.push((sequence.tenant, id));
         draft.budget -= end - start;
         let charge = sequence.take_charge(end);
@@ -216,7 +216,7 @@ impl Engine {
         let need = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), sequence.tokens.len());
         let room = self.kv.available().minus(hit.unreferenced);
         let grown = sequence.claimed_len(self.config.output_horizon);
-        let claim = self.kv.shape().need_in_chunks(reach, hit.sliding.len(), grown);
+        let claim = self.kv.shape().need_in_chunks(reach, hit.unreferenced.sliding, grown);
         let later = room + self.kv.pending().minus(hit.returning);
         // Alone it fits: else it would not have been taken in.
         let fits_later = self.running.is_empty() || later.covers(claim + draft.claims);

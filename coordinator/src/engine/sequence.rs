@@ -112,9 +112,11 @@ impl Sequence {
     }
 
     /// Blocks that it may still take, as far as room is kept for it.
-    pub(super) fn claim(&self, shape: &KvShape, horizon: usize) -> Blocks {
+    pub(super) fn claim(&self, kv: &KvCache, horizon: usize) -> Blocks {
         self.run.as_ref().map_or_else(Blocks::default, |run| {
-            shape.need_in_chunks(run.table.reach(), run.table.sliding_held(), self.claimed_len(horizon))
+            // A shared block that leaves the window makes no room for the next one.
+            let own = kv.sliding_unshared(&run.table);
+            kv.shape().need_in_chunks(run.table.reach(), own, self.claimed_len(horizon))
         })
     }
 
