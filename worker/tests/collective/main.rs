@@ -214,7 +214,7 @@ fn a_peer_with_a_wrong_nonce_or_another_list_is_not_let_in() {
         let nonce = |all: &mut Vec<Vec<u8>>| *all[0].last_mut().unwrap() ^= 1;
         let (_third, more) = prepare(link, 3, 1);
         let longer = |all: &mut Vec<Vec<u8>>| all.extend(more.clone());
-        let cases: [Alteration<'_>; 2] = [(&nonce, "wrong nonce"), (&longer, "different lists")];
+        let cases: [Alteration<'_>; 2] = [(&nonce, "wrong proof"), (&longer, "different lists")];
         for (alter, reason) in cases {
             let (mut preparations, all) = prepare(link, 3, 2);
             let mut altered = all.clone();
@@ -243,25 +243,44 @@ fn address_and_nonce(rendezvous: &[u8]) -> (String, [u8; 16]) {
 
 #[test]
 fn a_peer_of_another_epoch_is_refused_at_the_door_and_strangers_do_not_hold_it_up() {
-    let (preparations, all) = prepare(Link::Tcp, 12, 2);
+    let (mut preparations, all) = prepare(Link::Tcp, 12, 2);
     let (address, nonce) = address_and_nonce(&all[0]);
-    let mut silent = TcpStream::connect(&address).unwrap();
-    let mut chatty = TcpStream::connect(&address).unwrap();
-    chatty.write_all(&[b'x'; 4096]).unwrap();
-    let mut stale = TcpStream::connect(&address).unwrap();
-    let mut hello = b"PHALANX1".to_vec();
+    let (list, second, first) = (all.clone(), preparations.pop().unwrap(), preparations.pop().unwrap());
+    let forming = std::thread::spawn(move || first.form(0, &list, PATIENCE).unwrap());
+    let mut hello = b"PHALANX2".to_vec();
     hello.extend(11u64.to_le_bytes());
     hello.extend(1u32.to_le_bytes());
     hello.extend(2u32.to_le_bytes());
-    hello.extend(nonce);
+    hello.extend([7; 16]);
     hello.extend(0u64.to_le_bytes());
-    stale.write_all(&hello).unwrap();
+    let mut silent = TcpStream::connect(&address).unwrap();
     silent.write_all(&hello[..10]).unwrap();
+    let mut chatty = TcpStream::connect(&address).unwrap();
+    chatty.write_all(&[b'x'; 4096]).unwrap();
 
-    let mut group = ranks::form_prepared(preparations, &all);
-    let mut answer = String::new();
-    stale.read_to_string(&mut answer).unwrap();
-    assert_eq!(&answer[2..], "this rank forms epoch 12, not 11");
+    // Each visitor gets a question of its own.
+    let ask = || {
+        let (mut stream, mut challenge) = (TcpStream::connect(&address).unwrap(), [0; 16]);
+        stream.write_all(&hello).unwrap();
+        stream.read_exact(&mut challenge).unwrap();
+        (stream, challenge)
+    };
+    let answer = |mut stream: TcpStream, proof: &[u8]| {
+        let mut answer = Vec::new();
+        stream.write_all(proof).unwrap();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[2..]).into_owned()
+    };
+    // The one knows the secret and belongs to another epoch; the other has only overheard an answer.
+    let ((stale, challenge), (eavesdropper, other)) = (ask(), ask());
+    assert_ne!(challenge, other);
+    let said = [b"phalanx collective guest", &hello[..], &challenge].concat();
+    let proof = ring::hmac::sign(&ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &nonce), &said);
+    assert_eq!(answer(stale, proof.as_ref()), "this rank forms epoch 12, not 11");
+    assert_eq!(answer(eavesdropper, proof.as_ref()), "wrong proof: this listener serves another formation");
+
+    let second = second.form(1, &all, PATIENCE).unwrap();
+    let mut group = vec![forming.join().unwrap(), second];
     for sum in together(&mut group, |collective| {
         let mut sum = [2.0];
         collective.all_reduce_sum(&mut sum).map(|()| sum)

@@ -1,5 +1,13 @@
 //! How the ranks of one formation find each other. The higher rank connects to the lower one and says which formation it
-//! means; the lower one answers when all that it waits for are there, and refuses whoever means another.
+//! means; both prove that they know its secret; the lower one answers when all that it waits for are there, and refuses
+//! whoever means another.
+//!
+//! ```text
+//! guest → host   hello: epoch, rank, world size, challenge, digest of the list of ranks
+//! guest ← host   challenge
+//! guest → host   proof
+//! guest ← host   welcome, proof   (or refused, reason)
+//! ```
 //!
 //! A door stands open to everything that can reach it, so a stranger must not be able to hold up a formation: whoever
 //! connects and stays silent or talks nonsense is shown out while the others are served.
@@ -13,10 +21,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::CollectiveError;
-use super::rendezvous::{Group, Nonce};
+use super::rendezvous::Group;
+use super::seal::Session;
+use super::secret::{self, Nonce, PROOF_BYTES, Side};
 use super::{Stop, io};
 
-const MAGIC: [u8; 8] = *b"PHALANX1";
+const MAGIC: [u8; 8] = *b"PHALANX2";
 const WELCOME: u8 = 0;
 const REFUSED: u8 = 1;
 /// How long one blocking wait lasts before the abort switch and the deadline are looked at again.
@@ -93,8 +103,8 @@ struct Hello {
     epoch: u64,
     rank: u32,
     world_size: u32,
-    /// The one of the rank it connects to.
-    nonce: Nonce,
+    /// Drawn for this connection.
+    challenge: Nonce,
     digest: u64,
 }
 
@@ -107,7 +117,7 @@ impl Hello {
         bytes.extend(self.epoch.to_le_bytes());
         bytes.extend(self.rank.to_le_bytes());
         bytes.extend(self.world_size.to_le_bytes());
-        bytes.extend(self.nonce);
+        bytes.extend(self.challenge);
         bytes.extend(self.digest.to_le_bytes());
         bytes
     }
@@ -118,16 +128,13 @@ impl Hello {
             epoch: u64::from_le_bytes(take(&mut rest)?),
             rank: u32::from_le_bytes(take(&mut rest)?),
             world_size: u32::from_le_bytes(take(&mut rest)?),
-            nonce: take(&mut rest)?,
+            challenge: take(&mut rest)?,
             digest: u64::from_le_bytes(take(&mut rest)?),
         })
     }
 
-    /// Why `group` does not let in whoever says this, if it does not. To one who does not know the nonce it says no more.
+    /// Why `group` does not let in whoever has said and proved this, if it does not.
     fn objection(&self, group: &Group, awaited: &Range<usize>) -> Option<String> {
-        if self.nonce != group.ranks[group.rank].nonce {
-            return Some("wrong nonce: this listener serves another formation".to_owned());
-        }
         if self.epoch != group.epoch {
             return Some(format!("this rank forms epoch {}, not {}", group.epoch, self.epoch));
         }
@@ -147,28 +154,37 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-/// Introduces this rank on a fresh connection to `peer` and waits to be welcomed.
+/// Introduces this rank on a fresh connection to `peer` and waits to be welcomed. Answers with what seals the connection.
 pub(super) fn introduce<S: Stream>(
     stream: &mut S,
     group: &Group,
     peer: usize,
     patience: &Patience,
-) -> Result<(), CollectiveError> {
+) -> Result<Session, CollectiveError> {
     let hello = Hello {
         epoch: group.epoch,
         rank: group.rank as u32,
         world_size: group.world_size() as u32,
-        nonce: group.ranks[peer].nonce,
+        challenge: secret::random()?,
         digest: group.digest,
     };
+    let (hello, secret) = (hello.to_bytes(), &group.ranks[peer].nonce);
     let failed = |error: std::io::Error| unreachable(group, peer, error);
     stream.set_read_timeout(Some(SLICE)).map_err(failed)?;
-    stream.write_all(&hello.to_bytes()).map_err(failed)?;
+    stream.write_all(&hello).map_err(failed)?;
+    let mut challenge = Nonce::default();
+    read(stream, &mut challenge, group, peer, patience)?;
+    stream.write_all(&secret::prove(Side::Guest, secret, &hello, &challenge)).map_err(failed)?;
     let mut answer = [0; 2];
     read(stream, &mut answer, group, peer, patience)?;
     let [verdict, length] = answer;
     if verdict == WELCOME {
-        return Ok(());
+        let mut proof = [0; PROOF_BYTES];
+        read(stream, &mut proof, group, peer, patience)?;
+        if secret::is_proof(Side::Host, secret, &hello, &challenge, &proof) {
+            return Session::new(Side::Guest, secret, &hello, &challenge);
+        }
+        return Err(unreachable(group, peer, "whoever answers there does not know this formation's secret"));
     }
     let mut reason = vec![0; length.into()];
     read(stream, &mut reason, group, peer, patience)?;
@@ -195,19 +211,20 @@ fn read<S: Stream>(
     Ok(())
 }
 
-/// Waits until all `awaited` ranks have introduced themselves at `listener`, then welcomes them. By rank.
+/// Waits until all `awaited` ranks have introduced themselves at `listener`, then welcomes them. By rank, each with what
+/// seals its connection.
 pub(super) fn receive<L: Listener>(
     listener: &L,
     group: &Group,
     awaited: Range<usize>,
     patience: &Patience,
-) -> Result<Vec<L::Stream>, CollectiveError> {
+) -> Result<Vec<(L::Stream, Session)>, CollectiveError> {
     listener.set_nonblocking().map_err(|error| io("open the door of the collective", error))?;
     let mut unknown: Vec<Visitor<L::Stream>> = Vec::new();
-    let mut known: BTreeMap<usize, L::Stream> = BTreeMap::new();
+    let mut known: BTreeMap<usize, Guest<L::Stream>> = BTreeMap::new();
     loop {
         // A rank that gave up and left is awaited again: it is not there, though it has been.
-        known.retain(|_, stream| is_waiting(stream));
+        known.retain(|_, guest| is_waiting(&mut guest.stream));
         let Some(missing) = awaited.clone().find(|rank| !known.contains_key(rank)) else { break };
         patience.check(group, missing)?;
         match listener.accept() {
@@ -216,7 +233,7 @@ pub(super) fn receive<L: Listener>(
                     unknown.remove(0);
                 }
                 if stream.set_nonblocking(true).is_ok() {
-                    unknown.push(Visitor { stream, hello: [0; Hello::BYTES], filled: 0 });
+                    unknown.push(Visitor { stream, heard: [0; HEARD_BYTES], filled: 0, challenge: None });
                 }
             }
             Err(error) if is_passing(&error) || error.kind() == ErrorKind::ConnectionAborted => {
@@ -227,17 +244,17 @@ pub(super) fn receive<L: Listener>(
         for visitor in std::mem::take(&mut unknown) {
             match visitor.listen(group, &awaited) {
                 Heard::More(visitor) => unknown.push(visitor),
-                Heard::Rank(rank, stream) => drop(known.insert(rank, stream)),
+                Heard::Rank(rank, guest) => drop(known.insert(rank, guest)),
                 Heard::Stranger => {}
             }
         }
     }
     let mut streams = Vec::with_capacity(known.len());
-    for (peer, mut stream) in known {
+    for (peer, Guest { mut stream, proof, session }) in known {
         let failed = |error: std::io::Error| unreachable(group, peer, error);
         stream.set_nonblocking(false).map_err(failed)?;
-        stream.write_all(&[WELCOME, 0]).map_err(failed)?;
-        streams.push(stream);
+        stream.write_all(&[&[WELCOME, 0], &proof[..]].concat()).map_err(failed)?;
+        streams.push((stream, session));
     }
     Ok(streams)
 }
@@ -247,33 +264,71 @@ fn is_waiting<S: Stream>(stream: &mut S) -> bool {
     stream.read(&mut [0]).is_err_and(|error| is_passing(&error))
 }
 
+/// All that a visitor says: hello and proof.
+const HEARD_BYTES: usize = Hello::BYTES + PROOF_BYTES;
+
 /// Someone at the door.
 struct Visitor<S> {
     stream: S,
-    hello: [u8; Hello::BYTES],
+    heard: [u8; HEARD_BYTES],
     filled: usize,
+    /// What its proof has to answer, once its hello is whole.
+    challenge: Option<Nonce>,
+}
+
+/// A rank that has proved to be one, and what will prove the same to it.
+struct Guest<S> {
+    stream: S,
+    proof: [u8; PROOF_BYTES],
+    session: Session,
 }
 
 enum Heard<S> {
     More(Visitor<S>),
-    Rank(usize, S),
+    Rank(usize, Guest<S>),
     Stranger,
 }
 
 impl<S: Stream> Visitor<S> {
     fn listen(mut self, group: &Group, awaited: &Range<usize>) -> Heard<S> {
-        match self.stream.read(&mut self.hello[self.filled..]) {
+        let end = if self.challenge.is_none() { Hello::BYTES } else { HEARD_BYTES };
+        match self.stream.read(&mut self.heard[self.filled..end]) {
             Ok(0) => return Heard::Stranger,
             Ok(count) => self.filled += count,
             Err(error) if is_passing(&error) => return Heard::More(self),
             Err(_) => return Heard::Stranger,
         }
-        if self.filled < Hello::BYTES {
-            return Heard::More(self);
+        match self.challenge {
+            _ if self.filled < end => Heard::More(self),
+            None => self.ask(),
+            Some(challenge) => self.judge(&challenge, group, awaited),
         }
-        let Some(hello) = Hello::from_bytes(&self.hello) else { return Heard::Stranger };
-        let Some(reason) = hello.objection(group, awaited) else {
-            return Heard::Rank(hello.rank as usize, self.stream);
+    }
+
+    /// Asks for a proof, whoever it is: what is asked is random and says nothing.
+    fn ask(mut self) -> Heard<S> {
+        let (Some(_), Ok(challenge)) = (self.hello(), secret::random()) else { return Heard::Stranger };
+        self.challenge = Some(challenge);
+        match self.stream.write_all(&challenge) {
+            Ok(()) => Heard::More(self),
+            Err(_) => Heard::Stranger,
+        }
+    }
+
+    fn judge(mut self, challenge: &Nonce, group: &Group, awaited: &Range<usize>) -> Heard<S> {
+        let Some(hello) = self.hello() else { return Heard::Stranger };
+        let (said, proof) = self.heard.split_at(Hello::BYTES);
+        let secret = &group.ranks[group.rank].nonce;
+        // To one who does not know the secret nothing more is said.
+        let objection = if secret::is_proof(Side::Guest, secret, said, challenge, proof) {
+            hello.objection(group, awaited)
+        } else {
+            Some("wrong proof: this listener serves another formation".to_owned())
+        };
+        let Some(reason) = objection else {
+            let proof = secret::prove(Side::Host, secret, said, challenge);
+            let Ok(session) = Session::new(Side::Host, secret, said, challenge) else { return Heard::Stranger };
+            return Heard::Rank(hello.rank as usize, Guest { stream: self.stream, proof, session });
         };
         // The reasons are short sentences of this file.
         let length = u8::try_from(reason.len()).unwrap_or(u8::MAX);
@@ -281,6 +336,10 @@ impl<S: Stream> Visitor<S> {
         // Whether a stranger hears why it is refused is the stranger's affair.
         let _ = self.stream.write_all(&answer);
         Heard::Stranger
+    }
+
+    fn hello(&self) -> Option<Hello> {
+        self.heard.first_chunk().and_then(Hello::from_bytes)
     }
 }
 

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `rendezvous` | what a rank tells the others about itself, and the group that all of it makes |
 //! | `handshake` | how the ranks of one formation find each other and refuse everyone else |
+//! | `secret`, `seal` | how they prove that they belong to it, and keep their connections to themselves |
 //! | `shared_memory`, `region` | sums through memory that all ranks map; every `unsafe` block is in these two |
 //! | `tcp` | sums over a full mesh of connections |
 //! | `call` | what a rank says it is doing, so that a rank doing something else is noticed |
@@ -20,6 +21,8 @@ mod call;
 mod handshake;
 mod region;
 mod rendezvous;
+mod seal;
+mod secret;
 mod shared_memory;
 mod tcp;
 

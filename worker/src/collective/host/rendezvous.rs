@@ -1,23 +1,16 @@
 //! What a rank tells the others about itself before the group forms, and the group that all of it makes.
 
-use std::fs::File;
-use std::io::Read;
 use std::net::SocketAddr;
 
 use prost::Message;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::super::CollectiveError;
-use super::io;
+use super::secret::{self, Nonce};
 
 /// Grows with every change of the rendezvous, the handshake or the frames, so that unlike builds refuse each other.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest group. Far above what the models divide over; it bounds memory and descriptors.
 const MAX_RANKS: usize = 64;
-const NONCE_BYTES: usize = 16;
-
-/// A secret that only the ranks of one formation know.
-pub(super) type Nonce = [u8; NONCE_BYTES];
 
 /// The rendezvous as it travels; the coordinator passes it on without reading it.
 #[derive(Clone, PartialEq, Message)]
@@ -59,8 +52,8 @@ impl Rendezvous {
         address: SocketAddr,
     ) -> Result<Self, CollectiveError> {
         // Names of sockets can be read by everyone on the host, so the name says nothing about the nonce.
-        let socket_name = format!("phalanx-{epoch}-{incarnation:016x}-{:032x}", u128::from_ne_bytes(random()?));
-        Ok(Self { epoch, incarnation, host_id: host_id.to_owned(), address, socket_name, nonce: random()? })
+        let socket_name = format!("phalanx-{epoch}-{incarnation:016x}-{:032x}", u128::from_ne_bytes(secret::random()?));
+        Ok(Self { epoch, incarnation, host_id: host_id.to_owned(), address, socket_name, nonce: secret::random()? })
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
@@ -109,7 +102,7 @@ pub(super) struct Group {
     pub(super) rank: usize,
     /// By rank.
     pub(super) ranks: Vec<Rendezvous>,
-    /// Equal on ranks that were given the same list.
+    /// Equal on ranks that were given the same list; it may be shown to anyone.
     pub(super) digest: u64,
 }
 
@@ -121,7 +114,7 @@ impl Group {
             return Err(wrong(rank, format!("a group has at most {MAX_RANKS} ranks, not {}", all.len())));
         }
         let mut ranks: Vec<Rendezvous> = Vec::with_capacity(all.len());
-        let mut digest = Xxh3::new();
+        let mut list = Vec::new();
         for (peer, bytes) in all.iter().enumerate() {
             let found = Rendezvous::from_bytes(bytes).map_err(|message| wrong(peer, message))?;
             if found.epoch != own.epoch {
@@ -133,15 +126,15 @@ impl Group {
             if let Some(twin) = ranks.iter().position(|other| other.nonce == found.nonce) {
                 return Err(wrong(peer, format!("it is that of rank {twin} again")));
             }
-            digest.update(&(bytes.len() as u64).to_le_bytes());
-            digest.update(bytes);
+            list.extend((bytes.len() as u64).to_le_bytes());
+            list.extend(bytes);
             ranks.push(found);
         }
         if ranks.get(rank) != Some(own) {
             let message = format!("the one listed among {} ranks is not the one that this rank prepared", ranks.len());
             return Err(wrong(rank, message));
         }
-        Ok(Self { epoch: own.epoch, rank, ranks, digest: digest.digest() })
+        Ok(Self { epoch: own.epoch, rank, ranks, digest: secret::digest(&list) })
     }
 
     pub(super) fn world_size(&self) -> usize {
@@ -151,13 +144,4 @@ impl Group {
     pub(super) fn on_one_host(&self) -> bool {
         self.ranks.windows(2).all(|pair| pair[0].host_id == pair[1].host_id)
     }
-}
-
-fn random() -> Result<Nonce, CollectiveError> {
-    const SOURCE: &str = "/dev/urandom";
-    let mut bytes = Nonce::default();
-    File::open(SOURCE)
-        .and_then(|mut source| source.read_exact(&mut bytes))
-        .map_err(|error| io(format!("read {SOURCE}"), error))?;
-    Ok(bytes)
 }

@@ -69,8 +69,9 @@ impl SharedMemory {
         let world_size = group.world_size();
         let region = if group.rank == 0 {
             let (region, descriptor) = Region::create(group.epoch, world_size)?;
+            // Sockets of one host need no seal, and only the descriptor goes over them.
             let peers = handshake::receive(listener, group, 1..world_size, patience)?;
-            for (peer, stream) in (1..).zip(&peers) {
+            for (peer, (stream, _)) in (1..).zip(&peers) {
                 send_descriptor(stream, &descriptor).map_err(|error| handshake::unreachable(group, peer, error))?;
             }
             region

@@ -5,6 +5,9 @@
 //! `2 (world_size - 1) / world_size` of the bytes out and in. Either way each element is added in the order of ranks, so
 //! the bits are the same.
 //!
+//! Everything is sealed, the call apart from the payload, so that a rank that calls something else is noticed before its
+//! payload has come.
+//!
 //! All connections are served at once, so two ranks that send each other more than the network holds do not wait for each
 //! other for ever.
 
@@ -20,12 +23,15 @@ use super::super::{AbortHandle, Collective, CollectiveError};
 use super::call::{Call, Operation};
 use super::handshake::{self, Patience};
 use super::rendezvous::Group;
+use super::seal::{Session, TAG_BYTES};
 use super::{MAX_GATHER_BYTES, add, chunk, io};
 
 /// Up to here every rank sends everything to all: the second trip costs more than the bytes.
 const ONE_SHOT_BYTES: usize = 32 << 10;
 /// Floats that are summed over all ranks before going on to the next.
 const SUM_BLOCK: usize = 1024;
+/// Where the payload begins in a frame: after the sealed call.
+const PAYLOAD: usize = Call::BYTES + TAG_BYTES;
 /// A waiting rank looks at the abort switch this often even if no connection stirs.
 const RECHECK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
@@ -37,6 +43,8 @@ pub(super) struct Mesh {
     calls: u64,
     // After any error the ranks no longer know where they are.
     failed: bool,
+    /// By rank; none with this rank itself.
+    sessions: Vec<Option<Session>>,
     /// By rank; this rank's own stays empty.
     outgoing: Vec<Outgoing>,
     /// By rank; this rank's own stays empty.
@@ -50,7 +58,7 @@ struct Links {
     addresses: Vec<String>,
 }
 
-/// A call followed by its payload, on its way to a peer.
+/// A call followed by its payload, each followed by its tag, on its way to a peer.
 #[derive(Default)]
 struct Outgoing {
     frame: Vec<u8>,
@@ -64,6 +72,7 @@ struct Incoming {
     filled: usize,
     // None before the peer's call has been read and compared.
     checked: Option<Call>,
+    opened: bool,
 }
 
 impl Mesh {
@@ -71,14 +80,18 @@ impl Mesh {
     pub(super) fn form(group: &Group, listener: &TcpListener, patience: &Patience) -> Result<Self, CollectiveError> {
         let world_size = group.world_size();
         let mut streams: Vec<Option<TcpStream>> = Vec::with_capacity(world_size);
+        let mut sessions: Vec<Option<Session>> = Vec::with_capacity(world_size);
         for peer in 0..group.rank {
             let mut stream = handshake::dial(group, peer, patience)?;
-            handshake::introduce(&mut stream, group, peer, patience)?;
+            sessions.push(Some(handshake::introduce(&mut stream, group, peer, patience)?));
             streams.push(Some(stream));
         }
         streams.push(None);
-        let higher = handshake::receive(listener, group, group.rank + 1..world_size, patience)?;
-        streams.extend(higher.into_iter().map(Some));
+        sessions.push(None);
+        for (stream, session) in handshake::receive(listener, group, group.rank + 1..world_size, patience)? {
+            streams.push(Some(stream));
+            sessions.push(Some(session));
+        }
         for (peer, stream) in peers(&streams) {
             // A rank waits for every frame, so none may wait for a fuller packet.
             let ready = stream.set_nodelay(true).and_then(|()| stream.set_nonblocking(true));
@@ -91,6 +104,7 @@ impl Mesh {
             epoch: group.epoch,
             calls: 0,
             failed: false,
+            sessions,
             outgoing: (0..world_size).map(|_| Outgoing::default()).collect(),
             incoming: (0..world_size).map(|_| Incoming::default()).collect(),
         })
@@ -171,6 +185,11 @@ impl Mesh {
 
     fn exchange_frames(&mut self, call: Call) -> Result<(), CollectiveError> {
         let links = Arc::clone(&self.links);
+        for (outgoing, session) in self.outgoing.iter_mut().zip(&mut self.sessions) {
+            if let Some(session) = session {
+                outgoing.seal(session)?;
+            }
+        }
         loop {
             let (mut busy, mut idle) = (false, true);
             // To all before from any: a rank that stops at a peer's mismatch has told every peer what it called itself.
@@ -180,7 +199,9 @@ impl Mesh {
             }
             for (peer, stream) in peers(&links.streams) {
                 idle &= !self.incoming[peer].receive(stream).map_err(|error| self.broken(peer, error))?;
-                self.incoming[peer].check(call, peer)?;
+                if let Some(session) = &mut self.sessions[peer] {
+                    self.incoming[peer].check(session, call, peer)?;
+                }
                 busy |= !self.incoming[peer].is_done();
             }
             if links.aborted.load(Ordering::SeqCst) {
@@ -273,9 +294,20 @@ impl Outgoing {
     fn load(&mut self, call: Call, bytes: usize) -> &mut Vec<u8> {
         self.sent = 0;
         self.frame.clear();
-        self.frame.reserve(Call::BYTES + bytes);
+        self.frame.reserve(PAYLOAD + bytes + TAG_BYTES);
         self.frame.extend(call.to_words().into_iter().flat_map(u64::to_le_bytes));
+        self.frame.resize(PAYLOAD, 0);
         &mut self.frame
+    }
+
+    /// Seals what has been loaded.
+    fn seal(&mut self, session: &mut Session) -> Result<(), CollectiveError> {
+        let (call, payload) = self.frame.split_at_mut(PAYLOAD);
+        let (call, tag) = call.split_at_mut(Call::BYTES);
+        tag.copy_from_slice(&session.seal(call)?);
+        let tag = session.seal(payload)?;
+        self.frame.extend(tag);
+        Ok(())
     }
 
     fn load_floats(&mut self, call: Call, values: &[f32]) {
@@ -309,13 +341,12 @@ impl Outgoing {
 impl Incoming {
     /// Makes room for a call and `bytes` of payload.
     fn expect(&mut self, bytes: usize) {
-        self.frame.resize(Call::BYTES + bytes, 0);
-        self.filled = 0;
-        self.checked = None;
+        self.frame.resize(PAYLOAD + bytes + TAG_BYTES, 0);
+        (self.filled, self.checked, self.opened) = (0, None, false);
     }
 
     fn is_done(&self) -> bool {
-        self.checked.is_some() && self.filled == self.frame.len()
+        self.opened
     }
 
     /// Takes what has come, up to the end of the frame. Whether that was anything.
@@ -333,10 +364,22 @@ impl Incoming {
         Ok(self.filled > before)
     }
 
-    /// Compares the call once it has come, and makes room for the payload of a gather, whose length only the peer knows.
-    fn check(&mut self, call: Call, rank: usize) -> Result<(), CollectiveError> {
-        if self.checked.is_some() || self.filled < Call::BYTES {
-            return Ok(());
+    /// Opens and compares the call once it has come, and then the payload.
+    fn check(&mut self, session: &mut Session, call: Call, rank: usize) -> Result<(), CollectiveError> {
+        if self.checked.is_none() && self.filled >= PAYLOAD {
+            self.check_call(session, call, rank)?;
+        }
+        if self.checked.is_some() && !self.opened && self.filled == self.frame.len() {
+            self.opened = session.open(&mut self.frame[PAYLOAD..]);
+            return if self.opened { Ok(()) } else { Err(tampered(rank)) };
+        }
+        Ok(())
+    }
+
+    /// Makes room for the payload of a gather, whose length only the peer knows.
+    fn check_call(&mut self, session: &mut Session, call: Call, rank: usize) -> Result<(), CollectiveError> {
+        if !session.open(&mut self.frame[..PAYLOAD]) {
+            return Err(tampered(rank));
         }
         let mut words = [0; Call::BYTES / 8];
         for (word, bytes) in words.iter_mut().zip(self.frame.as_chunks().0) {
@@ -348,15 +391,19 @@ impl Incoming {
                 let expected = format!("at most {MAX_GATHER_BYTES} bytes");
                 return Err(CollectiveError::Mismatch { rank, found: found.to_string(), expected });
             }
-            self.frame.resize(Call::BYTES + found.length as usize, 0);
+            self.frame.resize(PAYLOAD + found.length as usize + TAG_BYTES, 0);
         }
         self.checked = Some(found);
         Ok(())
     }
 
     fn payload(&self) -> &[u8] {
-        &self.frame[Call::BYTES..]
+        &self.frame[PAYLOAD..self.frame.len() - TAG_BYTES]
     }
+}
+
+fn tampered(rank: usize) -> CollectiveError {
+    io(format!("read from rank {rank}"), "what came is not what it sent")
 }
 
 fn decode(bytes: &[u8], values: &mut [f32]) {
