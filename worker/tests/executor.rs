@@ -15,7 +15,7 @@ use phalanx_proto::{
 };
 use phalanx_worker::{
     backend::{Arithmetic, Backend, cpu::CpuBackend, reference::ReferenceBackend},
-    collective::{Alone, Collective},
+    collective::{AbortHandle, Alone, Collective, CollectiveError},
     executor::{Executor, Formation},
     model::Model,
 };
@@ -202,6 +202,44 @@ fn an_aborted_collective_ends_the_step_of_every_rank() {
     });
     assert_fault(&fault, FaultKind::CollectiveAborted, "epoch 1, step 1");
     drop(silent);
+}
+
+/// A group of one that was aborted.
+struct AbortedAlone;
+
+impl Collective for AbortedAlone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        1
+    }
+
+    fn all_reduce_sum(&mut self, _values: &mut [f32]) -> Result<(), CollectiveError> {
+        panic!("a group of one has nothing to sum");
+    }
+
+    fn all_gather(&mut self, _mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        panic!("the abort was noticed only when a token was chosen");
+    }
+
+    fn check_abort(&self) -> Result<(), CollectiveError> {
+        Err(CollectiveError::Aborted { epoch: 1 })
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        AbortHandle::new(|| {})
+    }
+}
+
+#[test]
+fn a_group_of_one_notices_an_abort_between_its_layers() {
+    let mut model = load(0, 1, reference);
+    let mut executor = Executor::new(&mut model, Box::new(AbortedAlone), &formation(1)).unwrap();
+    let plans = log(1, &conversations()[..1], &greedy());
+    let fault = execute(&mut executor, &plans[0]).unwrap_err();
+    assert_fault(&fault, FaultKind::CollectiveAborted, "epoch 1, step 1");
 }
 
 #[test]
