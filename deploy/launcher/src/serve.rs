@@ -29,6 +29,9 @@ use crate::{
 
 /// Ranks when nothing is said: two, so that the default is a real cluster.
 const DEFAULT_WORLD_SIZE: usize = 2;
+/// Times that children may be started again before the cluster is ready for the first time; one that needs more is not
+/// going to be. Later on there is no such limit: requests wait, and `/readyz` says why.
+const MAX_EARLY_RESTARTS: usize = 5;
 /// What children get beyond the grace of running requests, to end in order.
 const STOP_MARGIN: Duration = Duration::from_secs(5);
 
@@ -70,7 +73,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<ExitCode> {
     let grace = Duration::from_secs(setup.args.http.shutdown_timeout);
     let outcome = tokio::select! {
         ready = progress::until_ready(&coordinator, identity.as_deref(), &ready) => ready.map(|()| None),
-        gone = until_gone(&mut happened) => Ok(Some(gone)),
+        gone = until_gone(&mut happened, MAX_EARLY_RESTARTS) => Ok(Some(gone)),
         () = signals.first() => { stop(cluster, grace, &mut signals).await; return Ok(ExitCode::SUCCESS) }
     };
     match outcome {
@@ -87,7 +90,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<ExitCode> {
     }
     let gone = loop {
         tokio::select! {
-            gone = until_gone(&mut happened) => break Some(gone),
+            gone = until_gone(&mut happened, usize::MAX) => break Some(gone),
             wish = signals.next() => match wish {
                 Wish::Stop => break None,
                 Wish::Reload => cluster.gateway.reload().await,
@@ -110,11 +113,18 @@ async fn stop(cluster: Cluster, grace: Duration, signals: &mut Signals) {
     }
 }
 
-/// Logs restarts; ends with the sentence on the first child that stays away.
-async fn until_gone(events: &mut mpsc::Receiver<ChildEvent>) -> String {
+/// Logs restarts; ends with the sentence on the first child that stays away, or that is one too many to start again.
+async fn until_gone(events: &mut mpsc::Receiver<ChildEvent>, most_restarts: usize) -> String {
+    let mut restarts = 0;
     while let Some(event) = events.recv().await {
         match event {
-            ChildEvent::Restarted { name, status } => warn!(child = name, %status, "started again"),
+            ChildEvent::Restarted { name, status } => {
+                warn!(child = name, %status, "started again");
+                restarts += 1;
+                if restarts > most_restarts {
+                    return format!("{name} ended ({status}), and children had ended {most_restarts} times before");
+                }
+            }
             ChildEvent::Gone { name, status, last_words } => {
                 let words = last_words.strip_prefix("phalanx: ").unwrap_or(&last_words);
                 return format!("{name} ended ({status}): {words}");
