@@ -25,4 +25,4 @@ mod server;
 mod services;
 
 pub use config::{Backend, Config, DeploymentConfig, Limits};
-pub use server::run;
+pub use server::{run, run_over};

@@ -1,6 +1,6 @@
 //! One coordinator process: groups, gRPC server, health, reflection, and an orderly end.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures::future::{join_all, select_all};
@@ -53,9 +53,41 @@ const LINGER: Duration = Duration::from_secs(2);
 /// When a deployment cannot be served, the membership cannot be used, or the server breaks down. When another
 /// coordinator was elected, the error is [`Deposed`].
 pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let address = listener.local_addr().context("reading the address that the coordinator listens on")?;
+    let secured = config.clone();
+    lead(config, address, shutdown, |groups, role, end| open_door(secured, groups, role, listener, end)).await
+}
+
+/// Like [`run`], over plain connections that are made elsewhere: a simulated network. `address` is what people and other
+/// coordinators know this one by.
+///
+/// # Errors
+/// Like [`run`].
+pub async fn run_over<I, IO>(
+    config: Config,
+    address: SocketAddr,
+    incoming: I,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()>
+where
+    I: Stream<Item = std::io::Result<IO>> + Send + 'static,
+    IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    lead(config, address, shutdown, |groups, role, end| serve(groups, role, incoming, false, end)).await
+}
+
+/// Everything but the door, which `open_door` makes.
+async fn lead<D>(
+    config: Config,
+    address: SocketAddr,
+    shutdown: CancellationToken,
+    open_door: impl FnOnce(Groups, watch::Receiver<Role>, CancellationToken) -> D,
+) -> anyhow::Result<()>
+where
+    D: Future<Output = anyhow::Result<()>> + Send + 'static,
+{
     let opened = config.clone();
     let deployments = tokio::task::spawn_blocking(move || opened.open()).await.context("opening")??;
-    let address = listener.local_addr().context("reading the address that the coordinator listens on")?;
     let membership = membership::start(&config.membership, address).await?;
     // Ends the groups also when it is not the caller who asked for it.
     let stop = shutdown.child_token();
@@ -63,7 +95,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: CancellationTo
     let fates: Vec<AbortHandle> = tasks.iter().map(JoinHandle::abort_handle).collect();
     info!(%address, "coordinator listens");
     let end = CancellationToken::new();
-    let mut server = tokio::spawn(open_door(config, groups, membership.role(), listener, end.clone()));
+    let mut server = tokio::spawn(open_door(groups, membership.role(), end.clone()));
     let outcome = tokio::select! {
         outcome = supervise(tasks, &stop) => outcome,
         deposed = until_deposed(membership.role()) => {

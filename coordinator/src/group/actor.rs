@@ -154,14 +154,16 @@ impl Group {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let state = report::state(&self);
+            // What comes seldom comes first, so that nothing is kept waiting and equal events give equal runs.
             tokio::select! {
+                biased;
+                _ = tick.tick() => self.tick(),
+                () = shutdown.cancelled(), if self.draining_since.is_none() => self.drain(),
+                Some(sequence) = self.hang_ups.next(), if !self.hang_ups.is_empty() => self.hung_up(sequence),
                 message = inbox.recv() => match message {
                     Some(message) => self.take(message, &mut inbox),
                     None => break,
                 },
-                Some(sequence) = self.hang_ups.next(), if !self.hang_ups.is_empty() => self.hung_up(sequence),
-                _ = tick.tick() => self.tick(),
-                () = shutdown.cancelled(), if self.draining_since.is_none() => self.drain(),
             }
             self.advance().await;
             self.fill_window();

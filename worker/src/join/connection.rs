@@ -12,6 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tracing::debug;
 
+use super::Ground;
 use crate::config::Config;
 
 /// A coordinator's private door.
@@ -30,7 +31,7 @@ const WINDOW_BYTES: u32 = 4 << 20;
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Connects to a coordinator.
-pub(super) async fn dial(config: &Config, coordinator: &str) -> Result<Client, String> {
+pub(super) async fn dial(ground: &Ground, config: &Config, coordinator: &str) -> Result<Client, String> {
     let endpoint = Endpoint::from(config.uri(coordinator)?)
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -43,7 +44,7 @@ pub(super) async fn dial(config: &Config, coordinator: &str) -> Result<Client, S
         Some(identity) => identity.secure(endpoint),
         None => Ok(endpoint),
     };
-    let connected = async { secured?.connect().await };
+    let connected = async { (ground.dial)(secured?).await };
     let channel = connected.await.map_err(|error| with_sources(&error))?;
     let client = ClusterClient::new(channel);
     Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES))
@@ -60,16 +61,16 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 }
 
 /// Tells the coordinator that leads why this worker will not join. Once, and only if it can be reached.
-pub(super) async fn report(config: &Config, fault: &Fault) {
+pub(super) async fn report(ground: &Ground, config: &Config, fault: &Fault) {
     for coordinator in &config.coordinators {
-        if report_to(config, coordinator, fault).await {
+        if report_to(ground, config, coordinator, fault).await {
             return;
         }
     }
 }
 
 /// Whether this coordinator took the fault.
-async fn report_to(config: &Config, coordinator: &str, fault: &Fault) -> bool {
+async fn report_to(ground: &Ground, config: &Config, coordinator: &str, fault: &Fault) -> bool {
     let hello = v1::Hello {
         deployment: config.deployment.clone(),
         backend: config.backend.name().to_owned(),
@@ -77,7 +78,7 @@ async fn report_to(config: &Config, coordinator: &str, fault: &Fault) -> bool {
         ..Default::default()
     };
     let telling = async {
-        let mut client = dial(config, coordinator).await?;
+        let mut client = dial(ground, config, coordinator).await?;
         let events = [Event::Hello(hello), fault_event(0, fault)].map(|event| v1::WorkerEvent { event: Some(event) });
         let attached = client.attach(tokio_stream::iter(events)).await.map_err(|status| status.to_string())?;
         let mut commands = attached.into_inner();

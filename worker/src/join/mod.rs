@@ -13,23 +13,45 @@ mod connection;
 mod session;
 mod worker;
 
-use std::time::Duration;
+use std::{pin::Pin, sync::Arc, time::Duration};
 
-use phalanx_proto::fault::Fault;
+use phalanx_proto::{checkpoint::Checkpoint, fault::Fault};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint, Error};
 use tracing::{info, warn};
 
 use self::{
     session::{End, Session},
     worker::Worker,
 };
-use crate::config::Config;
+use crate::{config::Config, executor::Device};
 
 /// Wait before dialling again, doubled with each failure.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 /// Longest wait before dialling again.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
+
+/// A connection under way.
+pub type Dialling = Pin<Box<dyn Future<Output = Result<Channel, Error>> + Send>>;
+
+/// What a worker stands on: the network and the device. Tests put simulated ones in their place.
+#[derive(Clone)]
+pub struct Ground {
+    /// Connects to an endpoint.
+    pub dial: Arc<dyn Fn(Endpoint) -> Dialling + Send + Sync>,
+    /// Starts the device for a checkpoint, with the bytes that weights and KV cache may take.
+    #[allow(clippy::type_complexity, reason = "it is named by this field")]
+    pub device: Arc<dyn Fn(&Config, Checkpoint, u64) -> Result<Device, Fault> + Send + Sync>,
+}
+
+impl Default for Ground {
+    /// The system's network and the device that the configuration names.
+    fn default() -> Self {
+        let dial = |endpoint: Endpoint| -> Dialling { Box::pin(async move { endpoint.connect().await }) };
+        Self { dial: Arc::new(dial), device: Arc::new(worker::start_device) }
+    }
+}
 
 /// Runs a worker until it is told to leave or `shutdown` is cancelled.
 ///
@@ -37,22 +59,30 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
 /// When the configuration, the checkpoint or the device cannot be used, or loading fails. The coordinator is told the
 /// reason, if it can be reached.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let outcome = shutdown.run_until_cancelled(work(&config)).await;
+    run_on(Ground::default(), config, shutdown).await
+}
+
+/// Like [`run`], on another ground.
+///
+/// # Errors
+/// Like [`run`].
+pub async fn run_on(ground: Ground, config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let outcome = shutdown.run_until_cancelled(work(&ground, &config)).await;
     Ok(outcome.unwrap_or(Ok(()))?)
 }
 
-async fn work(config: &Config) -> Result<(), Fault> {
-    let mut worker = match open(config).await {
+async fn work(ground: &Ground, config: &Config) -> Result<(), Fault> {
+    let mut worker = match open(ground, config).await {
         Ok(worker) => worker,
         Err(fault) => {
-            connection::report(config, &fault).await;
+            connection::report(ground, config, &fault).await;
             return Err(fault);
         }
     };
     let (mut turn, mut failures, mut backoff) = (0, 0, FIRST_BACKOFF);
     loop {
         let coordinator = &config.coordinators[turn % config.coordinators.len()];
-        let end = match connection::dial(config, coordinator).await {
+        let end = match connection::dial(ground, config, coordinator).await {
             Err(reason) => End::Refused(reason),
             Ok(client) => Session::attach(&mut worker, client).await?,
         };
@@ -81,10 +111,10 @@ async fn work(config: &Config) -> Result<(), Fault> {
     }
 }
 
-async fn open(config: &Config) -> Result<Worker, Fault> {
+async fn open(ground: &Ground, config: &Config) -> Result<Worker, Fault> {
     config.check()?;
-    let opening = config.clone();
+    let (opening, device) = (config.clone(), Arc::clone(&ground.device));
     // Reading headers and the tokenizer blocks.
-    let opened = tokio::task::spawn_blocking(move || Worker::open(&opening)).await;
+    let opened = tokio::task::spawn_blocking(move || Worker::open(&opening, &*device)).await;
     opened.unwrap_or_else(|error| Err(worker::bug(format!("opening the checkpoint: {error}"))))
 }

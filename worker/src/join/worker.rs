@@ -61,7 +61,10 @@ pub(super) fn bug(message: impl Into<String>) -> Fault {
 
 impl Worker {
     /// Opens the checkpoint's headers and the device. Blocks.
-    pub(super) fn open(config: &Config) -> Result<Self, Fault> {
+    pub(super) fn open(
+        config: &Config,
+        start_device: &dyn Fn(&Config, Checkpoint, u64) -> Result<Device, Fault>,
+    ) -> Result<Self, Fault> {
         let bad_checkpoint = |error| Fault::new(FaultKind::Checkpoint, format!("{error}"));
         let checkpoint = Checkpoint::open(&config.model_dir).map_err(bad_checkpoint)?;
         checkpoint.check_complete().map_err(bad_checkpoint)?;
@@ -115,7 +118,7 @@ impl Worker {
 }
 
 /// The one place that knows which backends there are.
-fn start_device(config: &Config, checkpoint: Checkpoint, memory_bytes: u64) -> Result<Device, Fault> {
+pub(super) fn start_device(config: &Config, checkpoint: Checkpoint, memory_bytes: u64) -> Result<Device, Fault> {
     let arithmetic = Arithmetic::new(checkpoint.geometry.clone());
     let (checkpoint, threads) = (Arc::new(checkpoint), config.threads);
     match config.backend {
