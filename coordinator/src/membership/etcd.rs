@@ -227,7 +227,7 @@ struct Campaign {
     shared: Arc<Shared>,
     /// Id, and when it was last prolonged.
     lease: Option<(i64, Instant)>,
-    /// Since when nobody has been seen to lead.
+    /// Since when every look has shown that nobody leads.
     vacant_since: Option<Instant>,
 }
 
@@ -275,6 +275,10 @@ impl Campaign {
     /// Keeps the lease and looks at the leader's place once.
     async fn round(&mut self) -> Result<(), EtcdError> {
         let outcome = self.attempt().await;
+        if outcome.is_err() {
+            // What could not be seen does not count as empty.
+            self.vacant_since = None;
+        }
         let shared = &self.shared;
         let trouble = outcome.as_ref().err().cloned();
         let before = std::mem::replace(&mut shared.standing().trouble, trouble.clone());
