@@ -3,6 +3,7 @@
 #![allow(clippy::panic, reason = "a panic is how a test fails")]
 
 pub mod cluster;
+pub mod etcd;
 pub mod faults;
 pub mod hosts;
 pub mod parts;
