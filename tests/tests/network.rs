@@ -12,7 +12,8 @@ use std::{
 
 use phalanx_proto::v1::{GenerateRequest, inference_client::InferenceClient};
 use phalanx_tests::{
-    cluster::output_of,
+    cluster::{binary, output_of},
+    full_size,
     hosts::TwoHosts,
     parts::{Parts, failed_epochs, generate, request, until, until_ready},
     proxy::{Proxy, Weather},
@@ -250,55 +251,90 @@ async fn one_byte_a_second_before_the_gateway_hangs_nobody() {
     assert_eq!(token_ids(&body), expected, "the stream goes on when the network does");
 }
 
-/// Posts a completion on the first host.
-fn post_on_first(hosts: &TwoHosts, body: &Value) -> String {
-    let mut curl = hosts.command(0, "curl");
-    curl.args(["-s", "-m", "100", "-H", "Content-Type: application/json", "-d", &body.to_string()]);
-    output_of(curl.arg("http://127.0.0.1:8000/v1/completions")).1
+/// A coordinator, a rank and a gateway on one host and a rank on another, with TLS between them.
+struct Apart {
+    // The processes end before their hosts do.
+    _parts: Parts,
+    hosts: TwoHosts,
+    _authority: tempfile::TempDir,
 }
 
-fn ready_on_first(hosts: &TwoHosts) -> Value {
-    let (_, out, _) = output_of(hosts.command(0, "curl").args(["-s", "-m", "2", "http://127.0.0.1:8000/stats"]));
-    serde_json::from_str(&out).unwrap_or_default()
+impl Apart {
+    fn start() -> Self {
+        let (mut parts, hosts, authority) = (Parts::default(), TwoHosts::new(), tempfile::tempdir().unwrap());
+        let tls = authority.path().join("tls").display().to_string();
+        let (code, _, stderr) = output_of(Command::new(binary()).args(["ca", &tls, "--host", "10.0.0.1"]));
+        assert_eq!(code, Some(0), "{stderr}");
+        let server = format!("--tls {tls} --coordinator https://10.0.0.1:7000");
+        let mut start = |name: &str, host, args: String| parts.launch(name, hosts.phalanx(host, &args));
+        start("coordinator", 0, format!("coordinator nano -tp 2 --listen 10.0.0.1:7000 --tls {tls}"));
+        start("worker 0", 0, format!("worker nano --rank 0 --threads 1 {server}"));
+        start("worker 1", 1, format!("worker nano --rank 1 --threads 1 {server}"));
+        start("gateway", 0, format!("gateway nano --port 8000 {server}"));
+        let cluster = Self { _parts: parts, hosts, _authority: authority };
+        let deadline = Instant::now() + PATIENCE;
+        while !cluster.post(&completion(1), &[]).contains("token_ids") {
+            assert!(Instant::now() < deadline, "not ready: {}", cluster.post(&completion(1), &[]));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        cluster
+    }
+
+    /// Posts a completion on the gateway's host, with more arguments of curl; answers with the body.
+    fn post(&self, body: &Value, more: &[&str]) -> String {
+        let mut curl = self.hosts.command(0, "curl");
+        curl.args(["-sN", "-m", "150", "-H", "Content-Type: application/json", "-d", &body.to_string()]).args(more);
+        output_of(curl.arg("http://127.0.0.1:8000/v1/completions")).1
+    }
 }
 
 #[test]
 fn streams_over_two_hosts_live_through_a_cut_wire() {
-    let hosts = TwoHosts::new();
-    let (mut parts, authority) = (Parts::default(), tempfile::tempdir().unwrap());
-    let tls = authority.path().join("tls").display().to_string();
-    let (code, _, stderr) =
-        output_of(Command::new(phalanx_tests::cluster::binary()).args(["ca", &tls, "--host", "10.0.0.1"]));
-    assert_eq!(code, Some(0), "{stderr}");
-    let server = format!("--tls {tls} --coordinator https://10.0.0.1:7000");
-    parts
-        .launch("coordinator", hosts.phalanx(0, &format!("coordinator nano -tp 2 --listen 10.0.0.1:7000 --tls {tls}")));
-    parts.launch("worker 0", hosts.phalanx(0, &format!("worker nano --rank 0 --threads 1 {server}")));
-    parts.launch("worker 1", hosts.phalanx(1, &format!("worker nano --rank 1 --threads 1 {server}")));
-    parts.launch("gateway", hosts.phalanx(0, &format!("gateway nano --port 8000 {server}")));
-    let deadline = Instant::now() + PATIENCE;
-    while token_ids_of(&post_on_first(&hosts, &completion(1))).is_none() {
-        assert!(Instant::now() < deadline, "the cluster of two hosts is not ready: {}", ready_on_first(&hosts));
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    let cluster = Apart::start();
     let bodies: Vec<Value> = (1..=4).map(|index| completion(300 * index)).collect();
-    let expected: Vec<_> = bodies.iter().map(|body| token_ids(&post_on_first(&hosts, body))).collect();
-    let (answers, mended) = std::thread::scope(|scope| {
-        let hosts = &hosts;
-        let streams: Vec<_> = bodies.iter().map(|body| scope.spawn(|| post_on_first(hosts, body))).collect();
+    let expected: Vec<_> = bodies.iter().map(|body| token_ids(&cluster.post(body, &[]))).collect();
+    let (answers, after) = std::thread::scope(|scope| {
+        let cluster = &cluster;
+        let streams: Vec<_> = bodies.iter().map(|body| scope.spawn(|| cluster.post(body, &[]))).collect();
         std::thread::sleep(Duration::from_millis(200));
-        hosts.cut();
+        cluster.hosts.cut();
         assert!(streams.iter().any(|stream| !stream.is_finished()), "the streams were over before the cut");
         std::thread::sleep(Duration::from_secs(7));
         assert!(streams.iter().any(|stream| !stream.is_finished()), "a group without its second rank went on");
-        hosts.mend();
+        cluster.hosts.mend();
         let mended = Instant::now();
-        (streams.into_iter().map(|stream| token_ids(&stream.join().unwrap())).collect::<Vec<_>>(), mended)
+        let answers: Vec<_> = streams.into_iter().map(|stream| token_ids(&stream.join().unwrap())).collect();
+        (answers, mended.elapsed())
     });
-    println!("4 streams complete {:.1?} after a cut of 7 s", mended.elapsed());
+    println!("4 streams complete {after:.1?} after a cut of 7 s");
     assert_eq!(answers, expected);
 }
 
-fn token_ids_of(answer: &str) -> Option<usize> {
-    serde_json::from_str::<Value>(answer).ok()?["choices"][0]["token_ids"].as_array().map(Vec::len)
+/// At full size the coordinator's own limit of two minutes ends them, else a deadline that the requests name.
+#[test]
+fn streams_over_a_wire_that_stays_cut_end_with_one_error() {
+    let (header, limit): (&[&str], _) = match full_size() {
+        true => (&[], Duration::from_secs(120)),
+        false => (&["-H", "x-request-timeout-ms: 8000"], Duration::from_secs(8)),
+    };
+    let cluster = Apart::start();
+    let mut body = completion(100_000);
+    body["stream"] = json!(true);
+    let start = Instant::now();
+    let answers: Vec<String> = std::thread::scope(|scope| {
+        let (cluster, body) = (&cluster, &body);
+        let streams: Vec<_> = (0..4).map(|_| scope.spawn(|| cluster.post(body, header))).collect();
+        std::thread::sleep(Duration::from_secs(1));
+        cluster.hosts.cut();
+        streams.into_iter().map(|stream| stream.join().unwrap()).collect()
+    });
+    let after = start.elapsed();
+    println!("4 streams over a wire that stays cut ended after {after:.1?}");
+    for answer in answers {
+        let events: Vec<_> = answer.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        let errors = events.iter().filter(|event| event.contains("\"error\"")).count();
+        assert!(events.len() > 1 && errors == 1, "{} events, {errors} errors: {:?}", events.len(), events.last());
+        assert!(events.last().unwrap().contains("\"error\""), "nothing comes after the error: {:?}", events.last());
+    }
+    assert!(after < limit + Duration::from_secs(15), "{after:?}");
 }
