@@ -1,12 +1,15 @@
 //! Every command of the README is run as it stands there.
 
 use std::{
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use phalanx_tests::{
     cluster::{Cluster, binary, output_of},
+    hosts::TwoHosts,
+    parts::Parts,
     root,
 };
 use serde_json::Value;
@@ -44,6 +47,14 @@ fn under(heading: &str) -> Vec<String> {
     found
 }
 
+/// Runs a block in a directory of its own; standard output and error.
+fn run_in(directory: &Path, text: &str) -> (String, String) {
+    let text = text.replace("target/release/phalanx", &binary().display().to_string());
+    let (code, stdout, stderr) = output_of(Command::new("sh").args(["-ec", &text]).current_dir(directory));
+    assert_eq!(code, Some(0), "{text}\n{stdout}\n{stderr}");
+    (stdout, stderr)
+}
+
 /// Runs a block in the repository, with the README's address and binary replaced by the ones under test.
 fn run(text: &str, cluster: &Cluster) -> String {
     let text = text
@@ -64,7 +75,8 @@ fn content(answer: &str) -> String {
 
 #[test]
 fn every_block_is_covered_by_a_test() {
-    let headings = ["Two commands", "Ask it something", "Serving the real models", "Several hosts", "Measuring"];
+    let headings =
+        ["Two commands", "Ask it something", "Serving the real models", "Several hosts", "Keys and HTTPS", "Measuring"];
     let missing: Vec<_> =
         blocks().into_iter().filter(|b| !headings.contains(&b.heading.as_str())).map(|b| b.text).collect();
     assert!(missing.is_empty(), "commands that no test runs: {missing:?}");
@@ -118,86 +130,58 @@ fn both_benchmarks_run() {
     assert!(printed.contains("bandwidth"), "{printed}");
 }
 
-/// A network namespace that is gone when the test ends, with everything in it.
-struct Namespace {
-    name: String,
-    processes: Vec<Child>,
-}
-
-impl Namespace {
-    fn run(&mut self, command: &str) {
-        let words = command.replace("target/release/phalanx", &binary().display().to_string());
-        let mut enter = Command::new("ip");
-        enter.args(["netns", "exec", &self.name]).args(words.split_whitespace()).current_dir(root());
-        self.processes.push(enter.stdin(Stdio::null()).spawn().unwrap());
+/// Starts each line of a block on a host; the name of its subcommand is the process's name there.
+fn start_lines(parts: &mut Parts, hosts: &TwoHosts, host: usize, block: &str, tls: &str) {
+    for line in block.lines() {
+        let arguments = line.strip_prefix("target/release/phalanx ").unwrap();
+        let arguments = arguments.replace("--tls tls", &format!("--tls {tls}"));
+        let name = format!("{host}-{}", arguments.split_whitespace().next().unwrap());
+        let mut command = hosts.phalanx(host, &arguments);
+        command.current_dir(root());
+        parts.launch(&name, command);
     }
-
-    fn curl(&self, args: &[&str]) -> (Option<i32>, String) {
-        let (code, stdout, _) =
-            output_of(Command::new("ip").args(["netns", "exec", &self.name, "curl", "-s"]).args(args));
-        (code, stdout)
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        for process in &mut self.processes {
-            let _ = Command::new("kill").args(["-TERM", &process.id().to_string()]).status();
-        }
-        let deadline = Instant::now() + Duration::from_secs(10);
-        for process in &mut self.processes {
-            while matches!(process.try_wait(), Ok(None)) && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
-
-/// Two hosts, 10.0.0.1 and 10.0.0.2, on one wire.
-fn two_hosts() -> [Namespace; 2] {
-    let id = std::process::id();
-    let hosts = ["a", "b"].map(|end| Namespace { name: format!("phx{id}{end}"), processes: Vec::new() });
-    let [a, b] = [&hosts[0].name, &hosts[1].name];
-    let steps = [
-        format!("ip netns add {a}"),
-        format!("ip netns add {b}"),
-        format!("ip link add vxa{id} netns {a} type veth peer name vxb{id} netns {b}"),
-        format!("ip -n {a} addr add 10.0.0.1/24 dev vxa{id}"),
-        format!("ip -n {b} addr add 10.0.0.2/24 dev vxb{id}"),
-        format!("ip -n {a} link set vxa{id} up"),
-        format!("ip -n {b} link set vxb{id} up"),
-        format!("ip -n {a} link set lo up"),
-        format!("ip -n {b} link set lo up"),
-    ];
-    for step in steps {
-        let words: Vec<_> = step.split_whitespace().collect();
-        let (code, _, stderr) = output_of(Command::new(words[0]).args(&words[1..]));
-        assert_eq!(code, Some(0), "{step} (network namespaces need root): {stderr}");
-    }
-    hosts
 }
 
 #[test]
 fn two_hosts_serve_one_model() {
     let commands = under("Several hosts");
-    let [first, second] = &commands[..] else { panic!("{} blocks", commands.len()) };
-    let [mut a, mut b] = two_hosts();
-    first.lines().for_each(|command| a.run(command));
-    second.lines().for_each(|command| b.run(command));
+    let [authority, first, second] = &commands[..] else { panic!("{} blocks", commands.len()) };
+    let directory = tempfile::tempdir().unwrap();
+    run_in(directory.path(), authority);
+    let tls = directory.path().join("tls").display().to_string();
+    let hosts = TwoHosts::new();
+    let mut parts = Parts::default();
+    start_lines(&mut parts, &hosts, 0, first, &tls);
+    start_lines(&mut parts, &hosts, 1, second, &tls);
+    let curl = |args: &[&str]| {
+        let (code, stdout, _) = output_of(hosts.command(0, "curl").arg("-s").args(args));
+        (code, stdout)
+    };
     let deadline = Instant::now() + Duration::from_secs(60);
-    while a.curl(&["-f", "http://127.0.0.1:8000/readyz"]).0 != Some(0) {
-        assert!(
-            Instant::now() < deadline,
-            "the cluster of two hosts is not ready: {:?}",
-            a.curl(&["http://127.0.0.1:8000/readyz"])
-        );
+    while curl(&["-f", "http://127.0.0.1:8000/readyz"]).0 != Some(0) {
+        let readiness = curl(&["http://127.0.0.1:8000/readyz"]);
+        assert!(Instant::now() < deadline, "the cluster of two hosts is not ready: {readiness:?}");
         std::thread::sleep(Duration::from_millis(50));
     }
     let body = r#"{"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}"#;
     let url = "http://127.0.0.1:8000/v1/chat/completions";
-    let (_, answer) = a.curl(&[url, "-H", "Content-Type: application/json", "-d", body]);
+    let (_, answer) = curl(&[url, "-H", "Content-Type: application/json", "-d", body]);
     assert!(content(&answer).contains("Paris"), "{answer}");
+}
+
+#[test]
+fn the_keys_that_are_made_open_the_gateway() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_, stderr) = run_in(directory.path(), &under("Keys and HTTPS")[0]);
+    let keys: Vec<&str> = stderr.split_whitespace().filter(|word| word.starts_with("sk-")).collect();
+    assert_eq!(keys.len(), 2, "{stderr}");
+    let file = directory.path().join("keys.yaml");
+    assert!(!std::fs::read_to_string(&file).unwrap().contains("sk-"), "the file keeps no key");
+    let cluster = Cluster::start(&["--api-key-file", &file.display().to_string()]);
+    let status = |key: &str| {
+        let mut curl = Command::new("curl");
+        curl.args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", &format!("Authorization: Bearer {key}")]);
+        output_of(curl.arg(format!("{}/v1/models", cluster.url))).1
+    };
+    assert_eq!([status(keys[0]), status(keys[1]), status("sk-wrong")], ["200", "200", "401"]);
 }

@@ -155,7 +155,8 @@ pub(crate) struct KeyArgs {
     pub models: Vec<String>,
 }
 
-/// Prints a new key, which nobody can show again, and its entry for the key file.
+/// Prints a new key, which nobody can show again, for the person (standard error), and its entry for the key file
+/// (standard output, so that it can be appended to the file).
 ///
 /// # Errors
 /// When the entry would be refused.
@@ -163,7 +164,9 @@ pub(crate) fn make_key(args: &KeyArgs) -> Result<()> {
     let key = new_key();
     let entry = entry(args, &Digest::of_key(&key)?)?;
     KeySource::check(Path::new("phalanx key"), &format!("keys:\n{entry}"))?;
-    println!("key, shown this once: {key}\n\nentry of the file for --api-key-file, below `keys:`\n{entry}");
+    eprintln!("key of {}, shown this once: {key}", args.name);
+    eprintln!("its entry, for the list `keys:` in the file of --api-key-file:");
+    print!("{entry}");
     Ok(())
 }
 
