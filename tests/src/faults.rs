@@ -72,7 +72,9 @@ impl Watcher {
                 let Ok(capacities) = client.watch(WatchRequest { interval_ms: 5 }).await else { continue };
                 let mut capacities = capacities.into_inner();
                 while let Ok(Some(capacity)) = capacities.message().await {
-                    capacity.deployments.into_iter().for_each(|load| drop(sender.send_replace(load)));
+                    for load in capacity.deployments {
+                        sender.send_replace(load);
+                    }
                 }
             }
         });
@@ -385,7 +387,10 @@ impl Lanes {
                 while !stop.load(Ordering::Relaxed) {
                     let choice = mix(lane << 32 | asked) as usize % questions.len();
                     let Question { body, answer: expected } = &questions[choice];
-                    let answer = stream(&http, &url, body, |_| drop(sender.send_replace(Instant::now()))).await;
+                    let answer = stream(&http, &url, body, |_| {
+                        sender.send_replace(Instant::now());
+                    })
+                    .await;
                     assert_eq!(answer.essence(), *expected, "lane {lane}, question {choice}");
                     asked += 1;
                 }
