@@ -270,6 +270,29 @@ fn a_logit_that_is_not_finite_is_an_error_on_every_rank() {
     }
 }
 
+/// Divided by such a penalty, a positive logit would be infinite, and the distances to it no numbers.
+#[test]
+fn a_vanishing_repetition_penalty_still_chooses_a_token() {
+    let seen: Vec<_> = (0..8).map(TokenId).collect();
+    let history = History::new(&seen, &[]);
+    let rows = [Random(9).logits(64, 3.0)];
+    for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (5, 0.9, 0.05), (0, 0.9, 0.0), (0, 1.0, 0.1), (0, 0.5, 0.1)] {
+        let settings = settings(&v1::Sampling {
+            repetition_penalty: Some(f32::from_bits(4)),
+            temperature: Some(1.5),
+            top_p: Some(top_p),
+            top_k,
+            min_p,
+            ..Default::default()
+        });
+        let choice = Choice { settings: &settings, position: 8, history: &history, forbidden: &[] };
+        for world in [1, 2] {
+            let chosen = sample(world, &rows, 60, &[Query::Choose(choice)]).unwrap();
+            assert!(seen.contains(&chosen[0].token), "{chosen:?}");
+        }
+    }
+}
+
 #[test]
 fn nothing_to_choose_from_is_an_error() {
     let (settings, history) = (settings(&v1::Sampling::default()), History::default());

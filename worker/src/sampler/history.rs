@@ -71,7 +71,8 @@ impl Choice<'_> {
 
 fn penalized(logit: f32, generated: u32, settings: &SamplingSettings) -> f32 {
     let repetition = settings.repetition_penalty;
-    let logit = if logit > 0.0 { logit / repetition } else { logit * repetition };
+    // A penalty close to nothing would make an infinite logit of any positive one, and of the distances to it no numbers.
+    let logit = if logit > 0.0 { (logit / repetition).min(f32::MAX) } else { logit * repetition };
     let presence = if generated > 0 { settings.presence_penalty } else { 0.0 };
     logit - settings.frequency_penalty * generated as f32 - presence
 }
