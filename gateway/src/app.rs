@@ -144,14 +144,9 @@ impl App {
 /// When a place in the queue is likely free, if every group said last that it takes nothing more. A coordinator says so
 /// up to ten times a second; until it does, it refuses by itself.
 fn full_queue(fleet: &Fleet) -> Option<Duration> {
-    let is_full = |load: &DeploymentLoad| {
-        let by_count = load.max_waiting > 0 && load.waiting >= load.max_waiting;
-        by_count || load.max_waiting_tokens > 0 && load.waiting_tokens >= load.max_waiting_tokens
-    };
-    if !fleet.is_ready() || !fleet.deployments.iter().all(is_full) {
-        return None;
-    }
-    fleet.deployments.iter().map(|load| Duration::from_millis(load.retry_after_ms)).min()
+    let soonest = fleet.deployments.iter().map(|load| load.retry_after_ms).min()?;
+    // 0 says that there is a place now.
+    (fleet.is_ready() && soonest > 0).then(|| Duration::from_millis(soonest))
 }
 
 fn model_of(load: &DeploymentLoad) -> &str {

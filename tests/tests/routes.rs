@@ -26,14 +26,13 @@ impl Keys {
         Self { directory: tempfile::tempdir().unwrap(), entries: Vec::new() }
     }
 
-    /// Makes a key with `phalanx key` and writes its entry into the file.
+    /// Makes a key with `phalanx key`, which says it to the person and its entry to the file.
     fn make(&mut self, args: &[&str]) -> String {
-        let (code, text, errors) = output_of(Command::new(binary()).arg("key").args(args));
-        assert_eq!(code, Some(0), "{errors}");
-        let (shown, entry) = text.split_once("below `keys:`\n").unwrap();
-        let key = shown.split_whitespace().find(|word| word.starts_with("sk-")).unwrap().to_owned();
+        let (code, entry, said) = output_of(Command::new(binary()).arg("key").args(args));
+        assert_eq!(code, Some(0), "{said}");
+        let key = said.split_whitespace().find(|word| word.starts_with("sk-")).unwrap().to_owned();
         assert!(!entry.contains(&key), "the file holds no key");
-        self.entries.push(entry.to_owned());
+        self.entries.push(entry);
         self.write();
         key
     }

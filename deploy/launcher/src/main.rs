@@ -3,7 +3,7 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | [`cli`] | the command line as typed |
+//! | [`cli`], [`foreign`] | the command line as typed |
 //! | [`config_file`] | `--config FILE`: flags from a file, and profiles |
 //! | [`models`] | where a model's directory is found |
 //! | [`serve`], [`supervisor`], [`progress`] | the cluster as child processes |
@@ -22,6 +22,7 @@ mod cli;
 mod components;
 mod config_file;
 mod etcd;
+mod foreign;
 mod harmony;
 mod models;
 mod plan;

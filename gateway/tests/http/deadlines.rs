@@ -101,7 +101,6 @@ async fn a_refusal_says_when_a_place_is_likely_free() {
 async fn a_queue_known_to_be_full_refuses_before_the_prompt_is_looked_at() {
     let gateway = start().await;
     let mut full = capacity(GroupState::Ready);
-    full.deployments[0].waiting = 64;
     full.deployments[0].retry_after_ms = 2_500;
     gateway.coordinator.capacity.send_replace(full.clone());
     let refused = async {
@@ -117,7 +116,7 @@ async fn a_queue_known_to_be_full_refuses_before_the_prompt_is_looked_at() {
     assert_eq!(answer.error(), (429, Value::Null, json!("rate_limit_exceeded")));
     assert_eq!(answer.headers["retry-after"], "3");
     assert_eq!(gateway.coordinator.asked_count(), 0, "the coordinator is not asked");
-    full.deployments[0].waiting = 63;
+    full.deployments[0].retry_after_ms = 0;
     gateway.coordinator.capacity.send_replace(full);
     let free = async { while gateway.client.chat(json!({})).await.status != 200 {} };
     timeout(PATIENCE, free).await.expect("requests are taken again");
