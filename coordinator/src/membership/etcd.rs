@@ -14,7 +14,7 @@
 
 mod client;
 
-#[allow(unreachable_pub, clippy::all, reason = "generated code")]
+#[allow(unreachable_pub, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
 mod wire {
     tonic::include_proto!("etcdserverpb");
 }
