@@ -10,6 +10,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::process::CommandExt,
     },
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -124,8 +125,7 @@ struct Running {
 
 impl Running {
     fn spawn(spec: &ChildSpec) -> Result<Self> {
-        let program = std::env::current_exe().context("the path of this program")?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(own_program()?);
         command.args(&spec.args).env(SUPERVISED_ENV, std::process::id().to_string()).process_group(0);
         // The file's flags have been handed on one by one.
         command.env_remove("PHALANX_CONFIG").env_remove(PULSE_ENV).stderr(Stdio::piped());
@@ -160,6 +160,14 @@ impl Running {
             warn!(?signal, %error, "a child cannot be signalled");
         }
     }
+}
+
+/// This very program, also when its file has been replaced meanwhile: all processes of a cluster are of one version.
+fn own_program() -> Result<PathBuf> {
+    const RUNNING: &str = "/proc/self/exe";
+    let path = std::env::current_exe().context("the path of this program")?;
+    // The kernel marks the path of a file that is no more.
+    Ok(if path.exists() { path } else { RUNNING.into() })
 }
 
 /// Returns when a child that gives signs of life has stopped giving them. What came while this process itself stood still
@@ -222,23 +230,24 @@ async fn watch(
         };
         let Ok((status, last_words)) = ended else { return };
         let refused = status.code() == Some(EXIT_REFUSED.into());
-        let Some(backoff) = lives.ended(running.since.elapsed()).filter(|_| !refused) else {
-            let _ = events.send(ChildEvent::Gone { name: spec.name, status, last_words }).await;
-            return;
-        };
-        tokio::select! {
-            () = tokio::time::sleep(backoff) => {}
-            // A new process reads every file by itself.
-            order = orders.recv() => if !matches!(order, Some(Order::Reload)) { return },
-        }
-        match Running::spawn(&spec) {
-            Ok(next) => running = next,
-            Err(error) => {
-                warn!(child = spec.name, %error, "a child cannot be started again");
-                let _ = events.send(ChildEvent::Gone { name: spec.name, status, last_words: error.to_string() }).await;
+        let mut backoff = lives.ended(running.since.elapsed()).filter(|_| !refused);
+        running = loop {
+            let Some(wait) = backoff else {
+                let _ = events.send(ChildEvent::Gone { name: spec.name, status, last_words }).await;
                 return;
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // A new process reads every file by itself.
+                order = orders.recv() => if !matches!(order, Some(Order::Reload)) { return },
             }
-        }
+            match Running::spawn(&spec) {
+                Ok(next) => break next,
+                // For want of processes or memory, say; the next try may find some.
+                Err(error) => warn!(child = spec.name, error = format!("{error:#}"), "a child cannot be started again"),
+            }
+            backoff = lives.ended(Duration::ZERO);
+        };
         let _ = events.send(ChildEvent::Restarted { name: spec.name.clone(), status }).await;
     }
 }
