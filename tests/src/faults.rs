@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     process::Command,
     sync::{
         Arc,
@@ -22,10 +23,12 @@ use tokio::{
 };
 use tonic::transport::Channel;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, binary};
 
 /// Nothing here takes longer, even on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest time a cluster may take to its ready line.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where completions are asked for.
 pub const COMPLETIONS: &str = "/v1/completions";
 
@@ -155,10 +158,19 @@ impl Target {
     /// # Panics
     /// When it does not become ready.
     pub async fn start(args: &[&str]) -> Self {
+        Self::start_program(&binary(), args).await
+    }
+
+    /// Starts another copy of the program.
+    ///
+    /// # Panics
+    /// When it does not become ready.
+    pub async fn start_program(program: &Path, args: &[&str]) -> Self {
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let port = free.unwrap_or_else(|error| panic!("no free port: {error}")).port().to_string();
-        let args = [&["-tp", "2", "--grpc-port", &port], args].concat();
-        let cluster = Cluster::start(&args);
+        let mut command = Command::new(program);
+        command.args(["serve", "-tp", "2", "--port", "0", "--grpc-port", &port]).args(args);
+        let cluster = Cluster::launch(command, START_TIMEOUT);
         let grpc = format!("http://127.0.0.1:{port}");
         let watch = Watcher::follow(&grpc);
         watch.until("ready", |load| load.state() == GroupState::Ready).await;

@@ -10,6 +10,7 @@ use phalanx_proto::v1::{
     GenerateRequest, GroupState, Sampling, generate_event::Event, inference_client::InferenceClient,
 };
 use phalanx_tests::{
+    cluster::binary,
     faults::{Answer, Blow, Lanes, Target, Watcher, Wound, body_of, mix, percentile, questions, signal},
     full_size,
     parts::Parts,
@@ -360,5 +361,20 @@ fn a_worker_that_wakes_after_it_was_let_go_does_no_harm_and_serves_as_a_spare() 
         signal(replacement, KILL);
         watch.until_ready_after(epoch).await;
         assert_eq!(complete(&coordinator, |_| {}).await, expected);
+    });
+}
+
+#[test]
+fn a_worker_is_started_again_also_when_the_programs_file_was_replaced_meanwhile() {
+    in_turn(async {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("phalanx");
+        std::fs::copy(binary(), &program).unwrap();
+        let target = Target::start_program(&program, &[]).await;
+        // As an upgrade does: another file under the same name.
+        std::fs::remove_file(&program).unwrap();
+        std::fs::write(&program, "not a program").unwrap();
+        target.strike(Blow { rank: 1, signal: KILL }).await;
+        assert_eq!(target.stream(&body_of(0, 20), |_| {}).await.tokens(), 20);
     });
 }
