@@ -28,6 +28,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long, and for how many bytes, a refused peer is listened to, so that closing does not destroy what it was told.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 64 << 10;
+/// Time for a client without TLS to make its first call: that call then fails with the words for it, while one that
+/// came later would only find the connection gone.
+const FIRST_CALL: Duration = Duration::from_millis(200);
 /// First byte of every TLS connection: a handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// What a client learns that speaks HTTP/2 without TLS.
@@ -98,6 +101,7 @@ async fn shake_hands(stream: TcpStream, peer: SocketAddr, acceptor: &TlsAcceptor
         }
         Ok(_) if first[0] != TLS_HANDSHAKE => {
             warn!(%peer, "connection refused: it does not speak TLS; start the other side with --tls");
+            sleep(FIRST_CALL).await;
             refuse(stream, &go_away(PLAIN_REFUSAL)).await;
             None
         }
