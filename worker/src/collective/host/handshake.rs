@@ -244,7 +244,7 @@ pub(super) fn receive<L: Listener>(
         for visitor in std::mem::take(&mut unknown) {
             match visitor.listen(group, &awaited) {
                 Heard::More(visitor) => unknown.push(visitor),
-                Heard::Rank(rank, guest) => drop(known.insert(rank, guest)),
+                Heard::Rank(rank, guest) => drop(known.insert(rank, *guest)),
                 Heard::Stranger => {}
             }
         }
@@ -285,7 +285,7 @@ struct Guest<S> {
 
 enum Heard<S> {
     More(Visitor<S>),
-    Rank(usize, Guest<S>),
+    Rank(usize, Box<Guest<S>>),
     Stranger,
 }
 
@@ -328,7 +328,7 @@ impl<S: Stream> Visitor<S> {
         let Some(reason) = objection else {
             let proof = secret::prove(Side::Host, secret, said, challenge);
             let Ok(session) = Session::new(Side::Host, secret, said, challenge) else { return Heard::Stranger };
-            return Heard::Rank(hello.rank as usize, Guest { stream: self.stream, proof, session });
+            return Heard::Rank(hello.rank as usize, Box::new(Guest { stream: self.stream, proof, session }));
         };
         // The reasons are short sentences of this file.
         let length = u8::try_from(reason.len()).unwrap_or(u8::MAX);
