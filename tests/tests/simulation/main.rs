@@ -65,7 +65,8 @@ fn every_seed_keeps_every_promise() {
         all.trace
     );
     assert!(broken.is_empty(), "promises are broken by seeds {broken:?}: run one with PHALANX_SEED=n");
-    assert!(all.finished > seeds.len() && all.failed_epochs as usize >= seeds.len() / 4, "too little has happened");
+    let enough = all.finished > seeds.len() && all.failed_epochs as usize >= seeds.len() / 4;
+    assert!(enough || seeds.len() < 100, "too little has happened");
 }
 
 #[test]
