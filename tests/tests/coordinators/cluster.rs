@@ -84,9 +84,13 @@ impl Front {
 /// Eight streams that go on all the time and compare every answer.
 pub(crate) struct Lanes {
     stop: Arc<AtomicBool>,
-    last: Vec<watch::Receiver<Instant>>,
+    /// When each lane's last tokens came, and how many answers it has had.
+    last: Vec<watch::Receiver<(Instant, u64)>>,
     tasks: Vec<JoinHandle<(u64, Duration)>>,
 }
+
+/// Blows that one request may live through: its gateway takes it up again three times, as the contract says.
+pub(crate) const BLOWS: u64 = 3;
 
 impl Lanes {
     pub(crate) const COUNT: u64 = 8;
@@ -95,7 +99,7 @@ impl Lanes {
         let stop = Arc::new(AtomicBool::new(false));
         let (mut last, mut tasks) = (Vec::new(), Vec::new());
         for lane in 0..Self::COUNT {
-            let (sender, receiver) = watch::channel(Instant::now());
+            let (sender, receiver) = watch::channel((Instant::now(), 0));
             last.push(receiver);
             tasks.push(tokio::spawn(run_lane(lane, front.clone(), questions.to_vec(), sender, Arc::clone(&stop))));
         }
@@ -104,16 +108,28 @@ impl Lanes {
 
     /// Waits until every lane has got tokens after `moment`; gives how long the last one waited.
     pub(crate) async fn all_go_on_after(&self, moment: Instant) -> Duration {
-        let mut longest = Duration::ZERO;
-        for (lane, last) in self.last.iter().enumerate() {
+        let heard = self.all_until("got nothing", |(at, _), _| at > moment).await;
+        heard.into_iter().map(|at| at - moment).max().unwrap_or_default()
+    }
+
+    /// Waits until every lane has begun with a new question.
+    pub(crate) async fn all_begin_anew(&self) {
+        self.all_until("did not finish its answer", |(_, answers), before| answers > before).await;
+    }
+
+    /// Waits for every lane until its last word, beside the answers it had before, is as wanted.
+    async fn all_until(&self, trouble: &str, wanted: impl Fn((Instant, u64), u64) -> bool) -> Vec<Instant> {
+        let before: Vec<u64> = self.last.iter().map(|last| last.borrow().1).collect();
+        let mut all = Vec::new();
+        for (lane, (last, before)) in self.last.iter().zip(before).enumerate() {
             let mut last = last.clone();
-            let next = timeout(PATIENCE, async { last.wait_for(|at| *at > moment).await.map(|at| *at) }).await;
-            match next {
-                Ok(Ok(at)) => longest = longest.max(at - moment),
-                _ => panic!("lane {lane} got nothing for {PATIENCE:?}, or ended"),
+            let next = timeout(PATIENCE, async { last.wait_for(|now| wanted(*now, before)).await.map(|now| now.0) });
+            match next.await {
+                Ok(Ok(at)) => all.push(at),
+                _ => panic!("lane {lane} {trouble} for {PATIENCE:?}, or ended"),
             }
         }
-        longest
+        all
     }
 
     /// Lets every lane finish its answer; gives the number of answers and the longest pause between two events.
@@ -132,7 +148,7 @@ async fn run_lane(
     lane: u64,
     front: Front,
     questions: Vec<Question>,
-    heard: watch::Sender<Instant>,
+    heard: watch::Sender<(Instant, u64)>,
     stop: Arc<AtomicBool>,
 ) -> (u64, Duration) {
     let (mut asked, mut longest) = (0, Duration::ZERO);
@@ -144,7 +160,7 @@ async fn run_lane(
             let now = Instant::now();
             longest = longest.max(now - before);
             before = now;
-            heard.send_replace(now);
+            heard.send_replace((now, asked));
         };
         let answer = front.stream(body, hear).await;
         assert_eq!(answer.essence(), *expected, "lane {lane}, question {choice}");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use phalanx_tests::{faults::mix, full_size};
 use tokio::time::sleep;
 
-use crate::cluster::{Lanes, Served};
+use crate::cluster::{BLOWS, Lanes, Served};
 
 /// Kills at CI size, and at full size (the other half of the contract's 50 hits leaders around an etcd).
 const KILLS: (u64, u64) = (3, 25);
@@ -23,6 +23,9 @@ async fn a_coordinator_killed_under_streams_is_only_a_pause() {
     let kills = if full_size() { KILLS.1 } else { KILLS.0 };
     let mut pauses = Vec::new();
     for kill in 0..kills {
+        if kill % BLOWS == 0 {
+            lanes.all_begin_anew().await;
+        }
         lanes.all_go_on_after(Instant::now()).await;
         sleep(Duration::from_millis(mix(kill) % 1000)).await;
         let struck = cluster.kill_coordinator().await;

@@ -14,7 +14,7 @@ use phalanx_tests::{
 use tokio::time::sleep;
 use tonic::Code;
 
-use crate::cluster::{Lanes, Pair, load_at, until};
+use crate::cluster::{BLOWS, Lanes, Pair, load_at, until};
 
 /// Kills at CI size, and at full size (half of the contract's 50).
 const KILLS: (u64, u64) = (3, 25);
@@ -31,6 +31,9 @@ async fn a_leader_killed_under_streams_is_only_a_pause() {
     let kills = if full_size() { KILLS.1 } else { KILLS.0 };
     let (mut pauses, mut epochs) = (Vec::new(), vec![cluster.load().await.epoch]);
     for kill in 0..kills {
+        if kill % BLOWS == 0 {
+            lanes.all_begin_anew().await;
+        }
         lanes.all_go_on_after(Instant::now()).await;
         sleep(Duration::from_millis(mix(kill) % 1000)).await;
         let leader = cluster.leader().await;
