@@ -55,7 +55,11 @@ fn main() -> ExitCode {
     };
     let cli = Cli::parse_from(args);
     raise_descriptor_limit();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // What blocks here computes (templates, tokenizing) or reads a file at start: more threads than processors would
+    // only each keep memory of their own.
+    let blocking = std::thread::available_parallelism().map_or(4, usize::from).max(4);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().max_blocking_threads(blocking).build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&anyhow::anyhow!("the async runtime cannot start: {error}")),
     };
