@@ -6,8 +6,8 @@ pub mod cluster;
 pub mod etcd;
 pub mod faults;
 pub mod hosts;
-pub mod parts;
 pub mod load;
+pub mod parts;
 pub mod proxy;
 
 use std::path::{Path, PathBuf};
