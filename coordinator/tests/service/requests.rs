@@ -72,18 +72,18 @@ async fn whoever_asks_less_does_not_wait_for_whoever_asks_ten_times_as_much() {
     let (done, mut order) = tokio::sync::mpsc::unbounded_channel();
     for (tenant, count) in [("much", 60_u32), ("little", 6)] {
         for number in 0..count {
-            let tenant = Some(v1::Tenant { id: tenant.into(), weight: 1 });
-            let stream = cluster.generate(v1::GenerateRequest { tenant: tenant.clone(), ..request(&[number], 30) });
+            let of = Some(v1::Tenant { id: tenant.into(), weight: 1 });
+            let stream = cluster.generate(v1::GenerateRequest { tenant: of, ..request(&[number], 30) });
             let (stream, done) = (stream.await.unwrap(), done.clone());
             tokio::spawn(async move {
                 read(stream).await.unwrap();
-                done.send(tenant.unwrap().id).unwrap();
+                done.send(tenant).unwrap();
             });
         }
     }
     let (mut much, mut little) = (0, 0);
     while little < 6 {
-        match order.recv().await.unwrap().as_str() {
+        match order.recv().await.unwrap() {
             "much" => much += 1,
             _ => little += 1,
         }

@@ -6,6 +6,18 @@ use super::harness::start;
 
 const CHAT: &str = "/v1/chat/completions";
 
+fn tool(name: &str) -> Value {
+    json!({"type": "function", "function": {"name": name}})
+}
+
+fn many(tools: usize) -> Vec<Value> {
+    (0..tools).map(|at| tool(&format!("tool_{at}"))).collect()
+}
+
+fn biases(count: usize) -> Value {
+    Value::Object((0..count).map(|id| (id.to_string(), json!(1))).collect())
+}
+
 #[tokio::test]
 async fn every_bad_parameter_is_named() {
     let gateway = start().await;
@@ -15,9 +27,6 @@ async fn every_bad_parameter_is_named() {
         body[name] = value;
         body
     };
-    let tool = |name: &str| json!({"type": "function", "function": {"name": name}});
-    let biases = |count: usize| Value::Object((0..count).map(|id| (id.to_string(), json!(1))).collect());
-    let many = |count: usize| (0..count).map(|at| tool(&format!("tool_{at}"))).collect::<Vec<_>>();
     let table = [
         (json!({}), "messages", "missing_required_parameter"),
         (json!({"messages": []}), "messages", "invalid_value"),
@@ -78,6 +87,11 @@ async fn every_bad_parameter_is_named() {
         assert_eq!(answer.headers["x-should-retry"], "false", "{body}");
     }
     assert_eq!(gateway.coordinator.asked_count(), 0, "nothing of it reached the coordinator");
+}
+
+#[tokio::test]
+async fn parameters_at_their_limits_are_taken() {
+    let gateway = start().await;
     let most = json!({"stop": vec!["x".repeat(256); 16], "logit_bias": biases(1024), "cache_salt": "x".repeat(256)});
     gateway.client.chat(most).await.ok();
     // So many tools exceed the context of this model, but not the limit.

@@ -18,10 +18,10 @@ use std::{
 use phalanx_tests::cluster::{Cluster, binary, output_of};
 
 use crate::{
-    contents::{config_kinds, content_kinds},
+    contents::{CONFIG_KINDS, CONTENT_KINDS},
     damage::{Kind, Of, copy},
-    directories::directory_kinds,
-    headers::header_kinds,
+    directories::DIRECTORY_KINDS,
+    headers::HEADER_KINDS,
 };
 
 /// Longest time that a refusal may take, in seconds; loading the bundled model takes less than one.
@@ -47,7 +47,7 @@ fn misjudged(kind: &Kind, to: &Path) -> Option<String> {
 
 #[test]
 fn every_damaged_checkpoint_is_refused_before_ready() {
-    let kinds = [header_kinds(), content_kinds(), config_kinds(), directory_kinds()].concat();
+    let kinds = [HEADER_KINDS, CONTENT_KINDS, CONFIG_KINDS, DIRECTORY_KINDS].concat();
     let directory = tempfile::tempdir().unwrap();
     let next = AtomicUsize::new(0);
     let judge = || {

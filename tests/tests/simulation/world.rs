@@ -103,7 +103,7 @@ fn lines() -> Vec<Line> {
         let completion = ids("completion_ids");
         let prompt = ids("prompt_ids");
         (sure && completion.len() < 60 && prompt.len() + completion.len() < CONTEXT)
-            .then(|| Line { prompt, completion })
+            .then_some(Line { prompt, completion })
     };
     text.lines().filter_map(line).collect()
 }
