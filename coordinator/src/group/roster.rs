@@ -1,6 +1,6 @@
 //! The workers of one group: who is attached, which rank each has, and how far each is.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
 
 use phalanx_proto::{
     fault::{Fault, FaultKind},
@@ -130,11 +130,18 @@ impl Roster {
             member.dismiss(fault);
         }
         if member.rank.is_some()
-            && let Some(spare) = self.members.iter().find(|(_, member)| member.rank.is_none()).map(|(&id, _)| id)
+            && let Some(spare) = self.liveliest_spare()
         {
             self.fill(spare, now);
         }
         Some(member)
+    }
+
+    /// The spare that was heard last, of equal ones the oldest: one that hangs must not get a rank in the moment before
+    /// its silence is noticed.
+    fn liveliest_spare(&self) -> Option<MemberId> {
+        let spares = self.members.iter().filter(|(_, member)| member.rank.is_none());
+        spares.max_by_key(|(id, member)| (member.heard, Reverse(**id))).map(|(&id, _)| id)
     }
 
     pub(super) fn get_mut(&mut self, id: MemberId) -> Option<&mut Member> {
