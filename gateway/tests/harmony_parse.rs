@@ -253,6 +253,18 @@ fn a_long_answer_without_a_header_streams_once_it_cannot_be_one() {
 }
 
 #[test]
+fn a_header_of_nothing_but_space_gives_way_to_the_answer_behind_it() {
+    let text = format!("<|start|>{}Seoul is the capital of the Republic of Korea.", " \n".repeat(2000));
+    let ids = common::O200K.encode_with_special(&text);
+    let mut parser = harmony().parser(Vec::new());
+    let mut events: Vec<Event> = ids.iter().flat_map(|&id| parser.push(id)).collect();
+    events.extend(parser.finish());
+    assert!(matches!(events.first(), Some(Event::Start(_))), "text begins with its message: {events:?}");
+    let said: Vec<String> = harmony().parse(&ids, Vec::new()).messages.into_iter().map(|m| m.content).collect();
+    assert!(said.concat().contains("Seoul is the capital of the Republic of Korea."), "{said:?}");
+}
+
+#[test]
 fn calls_are_told_from_results() {
     let parsed = parse_text("<|channel|>commentary to=functions.f<|message|>{}<|call|>", &[]);
     assert_eq!(parsed.messages[0].header.called_function(), Some("f"));

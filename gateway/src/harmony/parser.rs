@@ -332,6 +332,7 @@ impl Parser {
         let is_message = !no_content || (matches!(how, Unclosed::Ended(_)) && !says_nothing);
         if !is_message {
             let kind = if how == Unclosed::Interrupted { RepairKind::DoubledHeader } else { RepairKind::HeaderText };
+            self.state = State::Outside;
             return self.repair(kind, String::from_utf8_lossy(&draft.text()));
         }
         let missing =
