@@ -11,6 +11,10 @@
 
 mod client;
 mod device;
+// The collective between threads that the worker's own tests use.
+#[allow(dead_code, reason = "the simulation starts its threads by itself")]
+#[path = "../../../worker/tests/in_process/mod.rs"]
+mod in_process;
 mod network;
 mod room;
 mod world;

@@ -4,7 +4,7 @@
 //! simulation stands still meanwhile, and the threads decide nothing about its course.
 
 use std::sync::{
-    Arc, Condvar, Mutex, OnceLock,
+    Mutex, OnceLock,
     mpsc::{self, Receiver, Sender},
 };
 
@@ -18,10 +18,12 @@ use phalanx_proto::{
 };
 use phalanx_worker::{
     backend::{Arithmetic, cpu::CpuBackend},
-    collective::{AbortHandle, Collective, CollectiveError},
+    collective::Collective,
     executor::{Executor, Formation},
     model::Model,
 };
+
+use crate::in_process::{self, InProcess};
 
 /// Number of ranks in every simulation.
 pub(crate) const WORLD_SIZE: usize = 2;
@@ -68,7 +70,8 @@ pub(crate) struct Room {
 impl Room {
     /// Forms the group.
     pub(crate) fn open(formation: &Formation) -> Result<Self, Fault> {
-        let desks: Vec<Desk> = group().into_iter().map(|end| Desk::start(end, formation.clone())).collect();
+        let desks: Vec<Desk> =
+            in_process::group(WORLD_SIZE).into_iter().map(|end| Desk::start(end, formation.clone())).collect();
         for desk in &desks {
             desk.answers.recv().unwrap_or_else(|_| Err(gone()))?;
         }
@@ -90,11 +93,11 @@ fn gone() -> Fault {
 }
 
 impl Desk {
-    fn start(end: End, formation: Formation) -> Self {
+    fn start(end: InProcess, formation: Formation) -> Self {
         let (plans, work) = mpsc::channel();
         let (tell, answers) = mpsc::channel();
         std::thread::spawn(move || {
-            let (rank, abort) = (end.rank, end.abort_handle());
+            let (rank, abort) = (end.rank(), end.abort_handle());
             let mut model = take_model(rank);
             let outcome = serve(&mut model, end, &formation, &work, &tell);
             // Ranks that wait for this one must not wait for ever.
@@ -110,7 +113,7 @@ impl Desk {
 
 fn serve(
     model: &mut Model<CpuBackend>,
-    end: End,
+    end: InProcess,
     formation: &Formation,
     work: &Receiver<v1::Plan>,
     tell: &Sender<Answer>,
@@ -124,81 +127,4 @@ fn serve(
         let _ = tell.send(Ok(executor.execute(&plan, message_digest(&message))?));
     }
     Ok(())
-}
-
-struct Exchange {
-    /// What each rank brought to the exchange that is gathering.
-    brought: [Option<Vec<u8>>; WORLD_SIZE],
-    /// The last complete exchange, and how many ranks have yet to take it.
-    complete: Option<(Vec<Vec<u8>>, usize)>,
-    aborted: bool,
-}
-
-struct Shared {
-    exchange: Mutex<Exchange>,
-    changed: Condvar,
-}
-
-/// One rank's end of a collective between threads.
-struct End {
-    rank: usize,
-    shared: Arc<Shared>,
-}
-
-fn group() -> Vec<End> {
-    let exchange = Exchange { brought: Default::default(), complete: None, aborted: false };
-    let shared = Arc::new(Shared { exchange: Mutex::new(exchange), changed: Condvar::new() });
-    (0..WORLD_SIZE).map(|rank| End { rank, shared: Arc::clone(&shared) }).collect()
-}
-
-impl Collective for End {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn world_size(&self) -> usize {
-        WORLD_SIZE
-    }
-
-    fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
-        let mine: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        values.fill(0.0);
-        for theirs in self.all_gather(&mine)? {
-            let theirs = theirs.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-            values.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value);
-        }
-        Ok(())
-    }
-
-    fn all_gather(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        let Shared { exchange, changed } = &*self.shared;
-        let mut state = exchange.lock().unwrap();
-        state = changed.wait_while(state, |state| state.complete.is_some() && !state.aborted).unwrap();
-        state.brought[self.rank] = Some(mine.to_vec());
-        if state.brought.iter().all(Option::is_some) {
-            let all = state.brought.iter_mut().map(|bytes| bytes.take().unwrap()).collect();
-            state.complete = Some((all, WORLD_SIZE));
-            changed.notify_all();
-        }
-        state = changed.wait_while(state, |state| state.complete.is_none() && !state.aborted).unwrap();
-        if state.aborted {
-            return Err(CollectiveError::Aborted { epoch: 0 });
-        }
-        let (all, left) = state.complete.as_mut().unwrap();
-        let (all, last) = (all.clone(), *left == 1);
-        *left -= 1;
-        if last {
-            state.complete = None;
-            changed.notify_all();
-        }
-        Ok(all)
-    }
-
-    fn abort_handle(&self) -> AbortHandle {
-        let shared = Arc::clone(&self.shared);
-        AbortHandle::new(move || {
-            shared.exchange.lock().unwrap().aborted = true;
-            shared.changed.notify_all();
-        })
-    }
 }
