@@ -185,15 +185,20 @@ async fn until_served(gateway: &str) -> Duration {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_half_open_coordinator_is_a_503_at_once_and_a_pause_for_a_stream() {
-    let mut parts = Parts::default();
+/// A proxy before the coordinator of a group that is ready.
+async fn before_a_ready_group(parts: &mut Parts) -> Proxy {
     let coordinator = parts.coordinator("");
     for rank in 0..2 {
         parts.worker(&format!("worker {rank}"), rank, &coordinator.to_string(), "");
     }
     until_ready(&connect(coordinator).await).await;
-    let proxy = Proxy::to(coordinator);
+    Proxy::to(coordinator)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_open_coordinator_is_a_503_at_once_and_a_pause_for_a_stream() {
+    let mut parts = Parts::default();
+    let proxy = before_a_ready_group(&mut parts).await;
     proxy.set(Weather::HalfOpen);
     let gateway = parts.gateway(&format!("http://{}", proxy.address), "");
     let start = Instant::now();
@@ -226,12 +231,7 @@ async fn a_half_open_coordinator_is_a_503_at_once_and_a_pause_for_a_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_byte_a_second_before_the_gateway_hangs_nobody() {
     let mut parts = Parts::default();
-    let coordinator = parts.coordinator("");
-    for rank in 0..2 {
-        parts.worker(&format!("worker {rank}"), rank, &coordinator.to_string(), "");
-    }
-    until_ready(&connect(coordinator).await).await;
-    let proxy = Proxy::to(coordinator);
+    let proxy = before_a_ready_group(&mut parts).await;
     let gateway = parts.gateway(&format!("http://{}", proxy.address), "");
     until_served(&gateway).await;
     let expected = token_ids(&post(&gateway, &completion(1500)).1);
