@@ -90,10 +90,10 @@ fn the_first_command_starts_a_cluster() {
     let mut command = Command::new(words.next().unwrap());
     command.args(words).args(["--port", "0"]).current_dir(root());
     // What cargo tells a test about itself would make cargo run build scripts anew, and with them half of everything.
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PKG_")) {
+    let of_a_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os().filter(|(name, _)| of_a_package(&name.to_string_lossy())) {
         command.env_remove(name);
     }
-    command.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_MANIFEST_LINKS").env_remove("CARGO_MANIFEST_PATH");
     let mut cluster = Cluster::launch(command, Duration::from_secs(600));
     assert!(cluster.banner.contains("ready: nano on 2 cpu rank(s)"), "{}", cluster.banner);
     assert_eq!(cluster.stop(), Some(0));
