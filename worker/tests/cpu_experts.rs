@@ -44,15 +44,28 @@ fn sum(terms: impl Iterator<Item = (f64, f64, f64)>, bias: f64, roundings: f64) 
     (sum, roundings * EPS * size + inherited)
 }
 
+/// What quantizing adds to each value's error: half a unit of the 32639 into which the greatest magnitude of 32 is divided,
+/// and a rounding more for the division.
+fn quantized(values: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let block = |block: &[(f64, f64)]| {
+        let greatest = block.iter().map(|(value, error)| value.abs() + error).fold(0.0, f64::max);
+        let added = greatest * (0.5 / 32_639.0 + 2.0 * EPS);
+        block.iter().map(|(value, error)| (*value, error + added)).collect::<Vec<_>>()
+    };
+    values.chunks(32).flat_map(block).collect()
+}
+
 /// One expert's output and its error bound, by the formulas of `gpt_oss/torch/model.py`, in f64.
 fn expert(data: &ExpertsData, index: usize, x: &[f64]) -> Vec<(f64, f64)> {
     let (hidden, inter) = (data.hidden, data.intermediate);
-    // 16 roundings of a chain, one more each where the chains meet, at the scale, the bias and each later block.
-    let roundings = |columns: usize| (20 + columns / 32) as f64;
+    // A block's sum is exact; it is rounded once with the activations' scale, once as it is added, and with the bias and
+    // each later block.
+    let roundings = |columns: usize| (3 + columns / 32) as f64;
+    let x = quantized(&x.iter().map(|x| (*x, 0.0)).collect::<Vec<_>>());
     let gate_up = |row: usize| {
         let row = index * 2 * inter + row;
         let weight = |i| fp4_entry(&data.gate_up_blocks, &data.gate_up_scales, hidden, (row, i));
-        let terms = x.iter().enumerate().map(|(i, x)| (weight(i), *x, 0.0));
+        let terms = x.iter().enumerate().map(|(i, (x, error))| (weight(i), *x, *error));
         sum(terms, f64::from(data.gate_up_bias[row]), roundings(hidden))
     };
     let inner: Vec<_> = (0..inter)
@@ -66,6 +79,7 @@ fn expert(data: &ExpertsData, index: usize, x: &[f64]) -> Vec<(f64, f64)> {
             (value, 1.1 * gate_error * (up + 1.0).abs() + swish.abs() * up_error + 20.0 * EPS * value.abs())
         })
         .collect();
+    let inner = quantized(&inner);
     let outer = |row: usize| {
         let row = index * hidden + row;
         let weight = |i| fp4_entry(&data.down_blocks, &data.down_scales, inter, (row, i));

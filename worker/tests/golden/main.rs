@@ -50,9 +50,12 @@ impl Candidate for ReferenceBackend {
 }
 
 impl Candidate for CpuBackend {
-    // The same operations in f32 on the same exactly decoded weights: in whatever order a kernel adds, rounding is worth
-    // at most the 5e-5 of the short prompts, and the angles at position 4200 up to 7e-5.
-    const LOGIT_TOLERANCE: f32 = 1.2e-4;
+    // What the experts read is quantized to 16 bits: off by at most half of 1/32639 of the greatest of 32 values, which is
+    // an error of 9e-6 of that one (a uniform distribution's deviation), 2e-5 of the values' deviation. The two products
+    // of an expert make that 3e-5 of its output, and the norms hand it from layer to layer: 6e-5 after the four of
+    // `tiny`. With logits whose deviation is 7 (20 at most), the error's is 4e-4, and the greatest of 10⁵ such errors 4.4
+    // times as much: 1.9e-3. Twice that is the gate, beside which f32's own 1.2e-4 does not count.
+    const LOGIT_TOLERANCE: f32 = 4e-3;
 
     fn make(arithmetic: Arithmetic) -> Self {
         // One thread a rank: groups of four share the test machine's two cores.

@@ -52,7 +52,10 @@ fn inner_values_hold<B: Candidate>(name: &str) {
             for layer in 0..layers {
                 let expect = |what: &str, index: usize, found: &[f32]| {
                     let distance = distance(found, &prompt.inner[what].row(index));
-                    assert!(distance <= B::LOGIT_TOLERANCE, "{name} layer {layer}: {what} differs by {distance}");
+                    // Every backend computes in f32 before the first experts.
+                    let exact = layer == 0 && index == layer;
+                    let tolerance = if exact { ReferenceBackend::LOGIT_TOLERANCE } else { B::LOGIT_TOLERANCE };
+                    assert!(distance <= tolerance, "{name} layer {layer}: {what} differs by {distance}");
                 };
                 expect("hidden", layer, &recording.stream[2 * layer]);
                 expect("attn", layer, &recording.products[4 * layer + 3]);

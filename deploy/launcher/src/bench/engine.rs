@@ -193,6 +193,12 @@ impl<'a> Bench<'a> {
             .enumerate()
             .map(|(index, &streams)| {
                 let (prefill, decode) = self.level(streams.max(1), index as u64 + 1)?;
+                anyhow::ensure!(
+                    decode.steps > 0,
+                    "the first of {streams} streams ends before the last one begins: --generate is {}, try {}",
+                    self.args.output_len,
+                    4 * (streams * self.args.input_len).div_ceil(MAX_BATCH_TOKENS) + 64
+                );
                 let execute = decode.execute_us as f64 / 1e6;
                 let weights = decode.weight_bytes as f64 / decode.seconds;
                 Ok(Level {
@@ -209,18 +215,24 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Runs `streams` requests to their end: until each has its first token, and from then on.
+    /// Runs `streams` requests to their end. The phases: until each has its first token, and while all of them decode; the
+    /// steps after the first has ended, with ever fewer streams, count for neither.
     fn level(&mut self, streams: usize, salt: u64) -> Result<(Phase, Phase)> {
         for stream in 0..streams as u64 {
             let request = self.request(salt << 32 | stream)?;
             self.engine.submit(request, self.start.elapsed())?;
         }
-        let (mut prefill, mut decode) = (Phase::default(), Phase::default());
+        let [mut prefill, mut decode, mut rest] = [(); 3].map(|()| Phase::default());
         let (mut begun, mut finished) = (std::collections::HashSet::new(), 0);
         let mut mark = Instant::now();
         while finished < streams {
-            let all_begun = begun.len() == streams;
-            let phase = if all_begun { &mut decode } else { &mut prefill };
+            let phase = if begun.len() < streams {
+                &mut prefill
+            } else if finished == 0 {
+                &mut decode
+            } else {
+                &mut rest
+            };
             for event in self.step(phase)? {
                 match event {
                     Event::Tokens { sequence, tokens, .. } => {

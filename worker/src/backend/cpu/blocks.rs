@@ -1,31 +1,23 @@
-//! How kernels read each kind of weight: always two columns of both groups at a time, exactly, as f32.
+//! How kernels read dense weights: always two columns of both groups at a time, exactly, as f32.
 
 use super::{
-    panels::{BLOCK, Bf16Block, CodeBlock, F32Block, GROUPS, ScaleBlock},
+    panels::{BLOCK, Bf16Block, F32Block, GROUPS},
     simd::{LANES, Simd},
 };
 
 /// Distance at which weights are prefetched, in bytes: what a thread reads in twice the time that memory takes to answer.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 
 /// Two neighbouring columns of a group.
 pub(super) type Pair<S> = [<S as Simd>::Float; 2];
 
 /// 32 columns of a panel.
 pub(super) trait Block: Copy {
-    /// Columns `8 * octet + 2 * PAIR` and the next one of a group, without the scale.
+    /// Columns `8 * octet + 2 * PAIR` and the next one of a group.
     fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S>;
-    /// Whether prefetching pays even with a single row. Dense weights then stream faster than hints can lead: they would
-    /// only take the line buffers from the hardware's own prefetcher.
-    const PREFETCH_FOR_ONE_ROW: bool;
-    /// Rows up to which taking one group after the other is faster even where registers are many: as long as decoding
-    /// costs more than multiplying.
-    const GROUP_BY_GROUP_ROWS: usize;
     /// Asks for the weights that lie [`AHEAD`] bytes after an octet. Called octet by octet: asking for much at once
     /// stalls the loads behind it.
     fn prefetch<S: Simd>(self, s: S, octet: usize);
-    /// What the rows of a group are multiplied with.
-    fn scale<S: Simd>(self, s: S, group: usize) -> S::Float;
 }
 
 /// The blocks of one panel, or some of them.
@@ -39,9 +31,6 @@ pub(super) trait Blocks: Copy {
 }
 
 impl Block for &F32Block {
-    const PREFETCH_FOR_ONE_ROW: bool = false;
-    const GROUP_BY_GROUP_ROWS: usize = 0;
-
     #[inline(always)]
     fn prefetch<S: Simd>(self, s: S, octet: usize) {
         let (octets, _) = self.as_chunks::<{ 8 * GROUPS }>();
@@ -55,17 +44,9 @@ impl Block for &F32Block {
         let at = (octet * 4 + PAIR) * 2 * GROUPS + group;
         [s.load(&self[at]), s.load(&self[at + GROUPS])]
     }
-
-    #[inline(always)]
-    fn scale<S: Simd>(self, s: S, _group: usize) -> S::Float {
-        s.splat(1.0)
-    }
 }
 
 impl Block for &Bf16Block {
-    const PREFETCH_FOR_ONE_ROW: bool = false;
-    const GROUP_BY_GROUP_ROWS: usize = 0;
-
     #[inline(always)]
     fn prefetch<S: Simd>(self, s: S, octet: usize) {
         let (octets, _) = self.as_chunks::<{ 4 * GROUPS }>();
@@ -81,61 +62,15 @@ impl Block for &Bf16Block {
         // A bf16 is the upper half of an f32.
         [s.bits_to_float(s.shl(words, 16)), s.bits_to_float(s.and_bits(words, s.splat_bits(0xffff_0000)))]
     }
-
-    #[inline(always)]
-    fn scale<S: Simd>(self, s: S, _group: usize) -> S::Float {
-        s.splat(1.0)
-    }
 }
 
-/// Codes and scales of an MXFP4 block.
-#[derive(Clone, Copy)]
-pub(super) struct Mxfp4Block<'a> {
-    codes: &'a CodeBlock,
-    scales: &'a ScaleBlock,
-}
-
-impl Block for Mxfp4Block<'_> {
-    const PREFETCH_FOR_ONE_ROW: bool = true;
-    const GROUP_BY_GROUP_ROWS: usize = 3;
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(self, s: S, octet: usize) {
-        for group in 0..GROUPS {
-            s.prefetch(&self.codes[octet * GROUPS + group], AHEAD);
-        }
-        if octet == 0 {
-            s.prefetch(self.scales, AHEAD / size_of::<CodeBlock>() * size_of::<ScaleBlock>());
-        }
-    }
-
-    #[inline(always)]
-    fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
-        let line = &self.codes[octet * GROUPS + group];
-        let words = s.bits(line);
-        let even = 8 * PAIR as u32;
-        [s.fp4(s.shr(words, even)), s.fp4(s.shr(words, even + 4))]
-    }
-
-    #[inline(always)]
-    fn scale<S: Simd>(self, s: S, group: usize) -> S::Float {
-        // 2^(e - 127): e is the exponent field, but 2^-127 is a subnormal whose field is 0.
-        let exponents = s.shl(s.widen(&self.scales[group]), 23);
-        s.bits_to_float(s.max_bits(exponents, s.splat_bits(0x0040_0000)))
-    }
-}
-
-/// A block that was decoded from another kind, with its scales.
+/// A block that was decoded from another kind.
 #[derive(Clone, Copy)]
 pub(super) struct DecodedBlock<'a> {
     weights: &'a F32Block,
-    scales: &'a [[f32; LANES]; GROUPS],
 }
 
 impl Block for DecodedBlock<'_> {
-    const PREFETCH_FOR_ONE_ROW: bool = false;
-    const GROUP_BY_GROUP_ROWS: usize = 0;
-
     #[inline(always)]
     fn prefetch<S: Simd>(self, _s: S, _octet: usize) {}
 
@@ -143,11 +78,6 @@ impl Block for DecodedBlock<'_> {
     fn pair<S: Simd, const PAIR: usize>(self, s: S, octet: usize, group: usize) -> Pair<S> {
         let at = (octet * 4 + PAIR) * 2 * GROUPS + group;
         [s.load(&self.weights[at]), s.load(&self.weights[at + GROUPS])]
-    }
-
-    #[inline(always)]
-    fn scale<S: Simd>(self, s: S, group: usize) -> S::Float {
-        s.load(&self.scales[group])
     }
 }
 
@@ -179,33 +109,11 @@ impl<'a> Blocks for &'a [Bf16Block] {
     }
 }
 
-/// The MXFP4 blocks of a panel.
-#[derive(Clone, Copy)]
-pub(super) struct Mxfp4Blocks<'a> {
-    pub(super) codes: &'a [CodeBlock],
-    pub(super) scales: &'a [ScaleBlock],
-}
-
-impl<'a> Blocks for Mxfp4Blocks<'a> {
-    type Block = Mxfp4Block<'a>;
-
-    #[inline(always)]
-    fn len(self) -> usize {
-        self.codes.len()
-    }
-
-    #[inline(always)]
-    fn block(self, index: usize) -> Self::Block {
-        Mxfp4Block { codes: &self.codes[index], scales: &self.scales[index] }
-    }
-}
-
 /// The blocks of one panel, by kind.
 #[derive(Clone, Copy)]
 pub(super) enum Panel<'a> {
     F32(&'a [F32Block]),
     Bf16(&'a [Bf16Block]),
-    Mxfp4(Mxfp4Blocks<'a>),
 }
 
 /// Blocks decoded at a time: 16 KiB of f32, half of a first-level cache.
@@ -215,14 +123,13 @@ pub(super) const DECODED: usize = 4;
 #[repr(align(64))]
 pub(super) struct Decoded {
     weights: [F32Block; DECODED],
-    scales: [[[f32; LANES]; GROUPS]; DECODED],
     len: usize,
 }
 
 impl Decoded {
     /// Room for [`DECODED`] blocks.
     pub(super) fn new() -> Self {
-        Self { weights: [[[0.0; LANES]; BLOCK * GROUPS]; DECODED], scales: [[[0.0; LANES]; GROUPS]; DECODED], len: 0 }
+        Self { weights: [[[0.0; LANES]; BLOCK * GROUPS]; DECODED], len: 0 }
     }
 
     /// Decodes some blocks from `first` on.
@@ -246,9 +153,6 @@ impl Decoded {
                     }
                 }
             }
-            for group in 0..GROUPS {
-                s.store(block.scale(s, group), &mut self.scales[index][group]);
-            }
         }
     }
 }
@@ -263,6 +167,6 @@ impl<'a> Blocks for &'a Decoded {
 
     #[inline(always)]
     fn block(self, index: usize) -> Self::Block {
-        DecodedBlock { weights: &self.weights[index], scales: &self.scales[index] }
+        DecodedBlock { weights: &self.weights[index] }
     }
 }

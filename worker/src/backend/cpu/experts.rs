@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::{
-    panels::{Mxfp4Source, PANEL_ROWS, Panels, gates_then_ups, straight},
+    panels::{BLOCK, Mxfp4, Mxfp4Source, PANEL_ROWS, Panels, gates_then_ups, straight},
     product::{Outputs, Product},
+    quantized::{QuantizedBlock, quantize},
     rows::{PackedRows, Selection},
     simd::{
         Kernel, LANES, Level, Simd,
@@ -64,10 +65,10 @@ pub struct Experts {
     hidden: usize,
     intermediate: usize,
     /// Each panel: 16 gates, then their 16 ups.
-    gate_up: Panels,
+    gate_up: Panels<Mxfp4>,
     /// `[expert, panel, group, lane]`.
     gate_up_bias: Vec<f32>,
-    down: Panels,
+    down: Panels<Mxfp4>,
     /// `[expert, hidden]`; zeros on ranks that do not add it.
     down_bias: Vec<f32>,
 }
@@ -146,9 +147,9 @@ impl Experts {
             held: data.experts.clone(),
             hidden: data.hidden,
             intermediate: data.intermediate,
-            gate_up: Panels::mxfp4(pool, &gate_up)?,
+            gate_up: Panels::<Mxfp4>::new(pool, &gate_up)?,
             gate_up_bias: (0..gate_up_bias).map(lane_bias).collect(),
-            down: Panels::mxfp4(pool, &down)?,
+            down: Panels::<Mxfp4>::new(pool, &down)?,
             down_bias: if down_bias == 0 { vec![0.0; count * data.hidden] } else { data.down_bias },
         })
     }
@@ -181,8 +182,11 @@ impl Experts {
         let (hidden, intermediate) = (self.hidden, self.intermediate);
         let (count, tile) = (visits.tokens.len(), level.tile_rows());
 
-        let selection = Selection { values: x, width: hidden, order: &visits.tokens, matrices: &visits.matrices };
-        let rows = PackedRows::new(pool, &selection, tile, std::mem::take(&mut scratch.packed));
+        let (order, matrices) = (&visits.tokens, &visits.matrices);
+        quantize((pool, level), x, hidden, &mut scratch.quantized);
+        let width = hidden / BLOCK;
+        let selection = Selection { elements: &scratch.quantized, width, padded_to: 1, order, matrices };
+        let rows = PackedRows::new(pool, &selection, tile, std::mem::take(&mut scratch.visits));
         let product = Product {
             panels: &self.gate_up,
             panels_each: 2 * intermediate / PANEL_ROWS,
@@ -190,12 +194,14 @@ impl Experts {
             rows: &rows,
             outputs: Outputs::Swiglu { limit },
         };
-        let inner = scratch.inner(count * intermediate);
-        product.compute(pool, level, inner, intermediate);
+        scratch.inner.resize(count * intermediate, 0.0);
+        product.compute(pool, level, &mut scratch.inner, intermediate);
 
         let order: Vec<usize> = (0..count).collect();
-        let selection = Selection { values: inner, width: intermediate, order: &order, matrices: &visits.matrices };
-        let rows = PackedRows::new(pool, &selection, tile, rows.into_values());
+        quantize((pool, level), &scratch.inner, intermediate, &mut scratch.quantized);
+        let width = intermediate / BLOCK;
+        let selection = Selection { elements: &scratch.quantized, width, padded_to: 1, order: &order, matrices };
+        let rows = PackedRows::new(pool, &selection, tile, rows.into_elements());
         let product = Product {
             panels: &self.down,
             panels_each: hidden / PANEL_ROWS,
@@ -203,19 +209,17 @@ impl Experts {
             rows: &rows,
             outputs: Outputs::Sums,
         };
-        let mut outer = std::mem::take(&mut scratch.outer);
-        outer.resize(count * hidden, 0.0);
-        product.compute(pool, level, &mut outer, hidden);
-        scratch.packed = rows.into_values();
+        scratch.outer.resize(count * hidden, 0.0);
+        product.compute(pool, level, &mut scratch.outer, hidden);
+        scratch.visits = rows.into_elements();
 
         let mut sums = vec![0.0; routing.rows() * hidden];
         let heights = row_bands(routing.rows(), hidden * routing.per_row);
         let first_rows = starts(&heights);
         split(pool, &mut sums, &Cut { width: hidden, heights: &heights, columns: hidden }, |band, _, out| {
-            let (experts, visits) = (self, &visits);
-            level.run(Combine { experts, routing, visits, outer: &outer, first_row: first_rows[band], out });
+            let (experts, visits, outer) = (self, &visits, &scratch.outer);
+            level.run(Combine { experts, routing, visits, outer, first_row: first_rows[band], out });
         });
-        scratch.outer = outer;
         sums
     }
 }
@@ -223,17 +227,16 @@ impl Experts {
 /// Memory that is used again from call to call.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// For packed rows.
+    /// For rows packed for dense products.
     pub(super) packed: Vec<f32>,
+    /// `[tokens or visits, blocks]`.
+    quantized: Vec<QuantizedBlock>,
+    /// The same, packed by expert.
+    visits: Vec<QuantizedBlock>,
+    /// `[visits, intermediate]`.
     inner: Vec<f32>,
+    /// `[visits, hidden]`.
     outer: Vec<f32>,
-}
-
-impl Scratch {
-    fn inner(&mut self, len: usize) -> &mut [f32] {
-        self.inner.resize(len, 0.0);
-        &mut self.inner
-    }
 }
 
 /// Adds each token's experts in the order of its routing.

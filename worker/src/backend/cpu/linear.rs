@@ -4,7 +4,7 @@ use half::bf16;
 use phalanx_proto::ids::TokenId;
 
 use super::{
-    panels::{PANEL_ROWS, Panels},
+    panels::{BLOCK, Dense, PANEL_ROWS, Panels},
     product::{Outputs, Product},
     rows::{PackedRows, Selection},
     simd::{Level, pool::Pool},
@@ -13,7 +13,7 @@ use crate::backend::{BackendError, DenseData, DenseMatrix};
 
 /// A resident matrix `[out, in]` with its bias.
 pub struct Linear {
-    panels: Panels,
+    panels: Panels<Dense>,
     /// Rows of the matrix.
     outputs: usize,
     /// Padded to whole panels; zeros where there is none.
@@ -31,7 +31,7 @@ impl Linear {
             });
         }
         bias.resize(weight.rows.next_multiple_of(PANEL_ROWS), 0.0);
-        Ok(Self { panels: Panels::dense(pool, weight)?, outputs: weight.rows, bias })
+        Ok(Self { panels: Panels::<Dense>::new(pool, weight)?, outputs: weight.rows, bias })
     }
 
     /// Columns of the matrix.
@@ -53,13 +53,14 @@ impl Linear {
     pub(super) fn apply(&self, (pool, level): (&mut Pool, Level), x: &[f32], packed: &mut Vec<f32>) -> Vec<f32> {
         let width = self.panels.columns;
         let order: Vec<usize> = (0..x.len() / width.max(1)).collect();
-        let selection = Selection { values: x, width, order: &order, matrices: &[(0, order.len())] };
+        let matrices = [(0, order.len())];
+        let selection = Selection { elements: x, width, padded_to: BLOCK, order: &order, matrices: &matrices };
         let rows = PackedRows::new(pool, &selection, level.tile_rows(), std::mem::take(packed));
         let mut out = vec![0.0; order.len() * self.outputs];
         let product =
             Product { panels: &self.panels, panels_each: 0, bias: &self.bias, rows: &rows, outputs: Outputs::Sums };
         product.compute(pool, level, &mut out, self.outputs);
-        *packed = rows.into_values();
+        *packed = rows.into_elements();
         out
     }
 }

@@ -1,25 +1,30 @@
-//! The fast CPU backend: f32 arithmetic over bf16 and MXFP4 weights, on its own threads.
+//! The fast CPU backend: bf16 and MXFP4 weights as they are, on its own threads.
 //!
 //! | module | holds |
 //! | --- | --- |
 //! | `panels`, `blocks` | resident weights, and how kernels read them |
-//! | `rows`, `product` | activations in tiles, and the matrix kernel |
+//! | `quantized`, `rows` | activations as integers, and in tiles |
+//! | `product`, `dense`, `mxfp4` | the matrix kernel |
 //! | `linear`, `experts`, `norm` | what the model calls |
 //! | `kv_cache`, `rotary`, `attention` | attention over the paged cache |
 //! | `simd` | vectors, threads and memory: the only unsafe code |
 //!
-//! Weights are decoded exactly and every sum is f32. Results depend neither on the batch nor on the number of threads, and
-//! are the same on all instruction sets that have fused multiply-add.
+//! Weights are decoded exactly. Dense products are sums in f32 of activations in f32; experts meet activations quantized
+//! to 16 bits. Results depend neither on the batch nor on the number of threads, and are the same on all instruction sets
+//! that have fused multiply-add.
 
 mod attention;
 mod bandwidth;
 mod blocks;
+mod dense;
 mod experts;
 mod kv_cache;
 mod linear;
+mod mxfp4;
 mod norm;
 mod panels;
 mod product;
+mod quantized;
 mod rotary;
 mod rows;
 mod simd;

@@ -9,7 +9,7 @@ use half::bf16;
 use phalanx_proto::geometry::MXFP4_BLOCK;
 
 use super::{
-    blocks::{Mxfp4Blocks, Panel},
+    blocks::Panel,
     simd::{
         LANES,
         memory::Slab,
@@ -43,20 +43,25 @@ pub(super) type CodeBlock = [[u32; LANES]; LINES_CODES];
 pub(super) type ScaleBlock = [[u8; LANES]; GROUPS];
 
 /// One or more matrices of the same shape, panel after panel.
-pub(super) struct Panels {
+pub(super) struct Panels<W> {
     /// Columns before padding.
     pub(super) columns: usize,
     /// Blocks along the columns.
     pub(super) blocks: usize,
     /// The weights, `[panel][block]`.
-    pub(super) weights: Weights,
+    weights: W,
 }
 
-/// Weights as they lie in memory.
-pub(super) enum Weights {
+/// Dense weights as they lie in memory.
+pub(super) enum Dense {
     F32(Slab<[f32; LANES]>),
     Bf16(Slab<[u32; LANES]>),
-    Mxfp4 { codes: Slab<[u32; LANES]>, scales: Slab<[u8; LANES]> },
+}
+
+/// MXFP4 weights as they lie in memory.
+pub(super) struct Mxfp4 {
+    codes: Slab<[u32; LANES]>,
+    scales: Slab<[u8; LANES]>,
 }
 
 /// MXFP4 matrices as in the checkpoint, that become panels.
@@ -87,9 +92,9 @@ pub(super) fn gates_then_ups(panel: usize, lane: usize) -> usize {
     panel * PANEL_ROWS + lane % LANES * 2 + lane / LANES
 }
 
-impl Panels {
-    /// Makes a dense matrix resident.
-    pub(super) fn dense(pool: &mut Pool, matrix: &DenseMatrix) -> Result<Self, BackendError> {
+impl Panels<Dense> {
+    /// Makes a matrix resident.
+    pub(super) fn new(pool: &mut Pool, matrix: &DenseMatrix) -> Result<Self, BackendError> {
         let (rows, columns) = (matrix.rows, matrix.columns);
         let what = format!("a matrix of {rows} by {columns}");
         let (panels, blocks) = (rows.div_ceil(PANEL_ROWS), columns.div_ceil(BLOCK));
@@ -107,20 +112,40 @@ impl Panels {
                 let source = Rows { panels, each: columns.div_ceil(2), row_of_lane };
                 let word = |[even, odd]: &[bf16; 2]| u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
                 source.pack(pool, &mut slab, pairs, word);
-                Weights::Bf16(slab)
+                Dense::Bf16(slab)
             }
             DenseData::F32(values) => {
                 check_length(&what, "values", values.len(), rows * columns)?;
                 let mut slab = Slab::zeroed(&what, panels * blocks * LINES_F32)?;
                 Rows { panels, each: columns, row_of_lane }.pack(pool, &mut slab, values, |value| *value);
-                Weights::F32(slab)
+                Dense::F32(slab)
             }
         };
         Ok(Self { columns, blocks, weights })
     }
 
-    /// Makes MXFP4 matrices resident.
-    pub(super) fn mxfp4(pool: &mut Pool, source: &Mxfp4Source<'_>) -> Result<Self, BackendError> {
+    /// One panel.
+    #[inline(always)]
+    pub(super) fn panel(&self, index: usize) -> Panel<'_> {
+        let blocks = index * self.blocks..(index + 1) * self.blocks;
+        match &self.weights {
+            Dense::F32(lines) => Panel::F32(&lines.as_chunks().0[blocks]),
+            Dense::Bf16(lines) => Panel::Bf16(&lines.as_chunks().0[blocks]),
+        }
+    }
+
+    /// Bytes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.weights {
+            Dense::F32(slab) => slab.bytes(),
+            Dense::Bf16(slab) => slab.bytes(),
+        }
+    }
+}
+
+impl Panels<Mxfp4> {
+    /// Makes matrices resident.
+    pub(super) fn new(pool: &mut Pool, source: &Mxfp4Source<'_>) -> Result<Self, BackendError> {
         let (blocks, rows) = (source.columns / BLOCK, source.matrices * source.rows);
         if !source.rows.is_multiple_of(PANEL_ROWS) || !source.columns.is_multiple_of(BLOCK) {
             return Err(BackendError::Unsupported(format!(
@@ -140,30 +165,19 @@ impl Panels {
         Rows { panels, each, row_of_lane }.pack(pool, &mut codes, words, |word| u32::from_le_bytes(*word));
         let mut scales = Slab::zeroed(source.what, panels * blocks * GROUPS)?;
         Rows { panels, each: blocks, row_of_lane }.pack(pool, &mut scales, source.scales, |scale| *scale);
-        Ok(Self { columns: source.columns, blocks, weights: Weights::Mxfp4 { codes, scales } })
+        Ok(Self { columns: source.columns, blocks, weights: Mxfp4 { codes, scales } })
     }
 
-    /// One panel, counted through all matrices.
+    /// Codes and scales of one panel, counted through all matrices.
     #[inline(always)]
-    pub(super) fn panel(&self, index: usize) -> Panel<'_> {
+    pub(super) fn panel(&self, index: usize) -> (&[CodeBlock], &[ScaleBlock]) {
         let blocks = index * self.blocks..(index + 1) * self.blocks;
-        match &self.weights {
-            Weights::F32(lines) => Panel::F32(&lines.as_chunks().0[blocks]),
-            Weights::Bf16(lines) => Panel::Bf16(&lines.as_chunks().0[blocks]),
-            Weights::Mxfp4 { codes, scales } => Panel::Mxfp4(Mxfp4Blocks {
-                codes: &codes.as_chunks().0[blocks.clone()],
-                scales: &scales.as_chunks().0[blocks],
-            }),
-        }
+        (&self.weights.codes.as_chunks().0[blocks.clone()], &self.weights.scales.as_chunks().0[blocks])
     }
 
     /// Bytes in memory.
     pub(super) fn bytes(&self) -> usize {
-        match &self.weights {
-            Weights::F32(slab) => slab.bytes(),
-            Weights::Bf16(slab) => slab.bytes(),
-            Weights::Mxfp4 { codes, scales } => codes.bytes() + scales.bytes(),
-        }
+        self.weights.codes.bytes() + self.weights.scales.bytes()
     }
 }
 

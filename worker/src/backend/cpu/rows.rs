@@ -1,13 +1,10 @@
-//! Activations regrouped for the matrix kernel: tiles of a few rows, column by column.
+//! Activations regrouped for the matrix kernel: tiles of a few rows, element by element.
 
 use std::ops::Range;
 
-use super::{
-    panels::BLOCK,
-    simd::{
-        pool::Pool,
-        rectangles::{Cut, SMALL, split, starts},
-    },
+use super::simd::{
+    pool::Pool,
+    rectangles::{Cut, SMALL, split, starts},
 };
 
 /// Most rows of a band: their sums fit the first-level cache beside a few blocks of weights.
@@ -24,54 +21,56 @@ pub(super) struct Band {
     pub(super) rows: usize,
 }
 
-/// Rows in tiles, `[tile][column][row of the tile]`, columns padded to whole blocks with zeros.
-pub(super) struct PackedRows {
-    values: Vec<f32>,
-    /// Padded columns.
-    columns: usize,
+/// Rows in tiles, `[tile][element][row of the tile]`. An element is a column, or a block of them in whatever form.
+pub(super) struct PackedRows<T> {
+    elements: Vec<T>,
+    /// Elements of a row, with the padding.
+    width: usize,
     /// Rows of each tile, and the first of them.
     tiles: Vec<(usize, usize)>,
     /// Bands in the order of their rows.
     pub(super) bands: Vec<Band>,
 }
 
-/// What is packed: `order` names rows of `values`, `matrices` says how many of them in turn meet which matrix.
-pub(super) struct Selection<'a> {
+/// What is packed: `order` names rows of `elements`, `matrices` says how many of them in turn meet which matrix.
+pub(super) struct Selection<'a, T> {
     /// `[rows, width]`.
-    pub(super) values: &'a [f32],
-    /// Columns.
+    pub(super) elements: &'a [T],
+    /// Elements of a row.
     pub(super) width: usize,
-    /// A row of `values` for each row that is packed.
+    /// The number of elements of which rows become multiples, with zeros.
+    pub(super) padded_to: usize,
+    /// A row of `elements` for each row that is packed.
     pub(super) order: &'a [usize],
     /// Matrices and the number of their rows; they add up to the length of `order`.
     pub(super) matrices: &'a [(usize, usize)],
 }
 
-impl PackedRows {
-    /// Packs rows into tiles of at most `tile_rows`, in the memory of `values`.
-    pub(super) fn new(pool: &mut Pool, selection: &Selection<'_>, tile_rows: usize, mut values: Vec<f32>) -> Self {
+impl<T: Copy + Default + Send + Sync> PackedRows<T> {
+    /// Packs rows into tiles of at most `tile_rows`, in the memory of `elements`.
+    pub(super) fn new(pool: &mut Pool, selection: &Selection<'_, T>, tile_rows: usize, mut elements: Vec<T>) -> Self {
         let (bands, heights) = bands(selection.matrices, tile_rows);
-        let columns = selection.width.next_multiple_of(BLOCK);
+        let width = selection.width.next_multiple_of(selection.padded_to);
         let tiles: Vec<_> = heights.iter().copied().zip(starts(&heights)).collect();
-        values.resize(selection.order.len() * columns, 0.0);
-        let cut = Cut { width: columns, heights: &heights, columns };
+        elements.resize(selection.order.len() * width, T::default());
+        let cut = Cut { width, heights: &heights, columns: width };
         let mut alone = Pool::alone();
-        let pool = if values.len() < SMALL { &mut alone } else { pool };
-        split(pool, &mut values, &cut, |tile, _, mut part| {
+        let pool = if size_of_val(&elements[..]) < size_of::<f32>() * SMALL { &mut alone } else { pool };
+        split(pool, &mut elements, &cut, |tile, _, mut part| {
             let (rows, first) = tiles[tile];
             let packed = part.flat();
             for (lane, &row) in selection.order[first..first + rows].iter().enumerate() {
-                let source = &selection.values[row * selection.width..(row + 1) * selection.width];
+                let source = &selection.elements[row * selection.width..(row + 1) * selection.width];
                 interleave(packed, source, lane, rows);
             }
         });
-        Self { values, columns, tiles, bands }
+        Self { elements, width, tiles, bands }
     }
 
-    /// Rows of a tile and its values, `[column][row]`.
-    pub(super) fn tile(&self, index: usize) -> (usize, &[f32]) {
+    /// Rows of a tile and its elements, `[element][row]`.
+    pub(super) fn tile(&self, index: usize) -> (usize, &[T]) {
         let (rows, first) = self.tiles[index];
-        (rows, &self.values[first * self.columns..(first + rows) * self.columns])
+        (rows, &self.elements[first * self.width..(first + rows) * self.width])
     }
 
     /// Rows of each band.
@@ -80,19 +79,19 @@ impl PackedRows {
     }
 
     /// Gives the memory back, to be used again.
-    pub(super) fn into_values(self) -> Vec<f32> {
-        self.values
+    pub(super) fn into_elements(self) -> Vec<T> {
+        self.elements
     }
 }
 
 /// Writes a row to its lane of a tile, and zeros after its end.
-fn interleave(packed: &mut [f32], source: &[f32], lane: usize, rows: usize) {
+fn interleave<T: Copy + Default>(packed: &mut [T], source: &[T], lane: usize, rows: usize) {
     let mut lanes = packed.iter_mut().skip(lane).step_by(rows);
     // The source first: the other order would swallow a lane as the source ends.
     for (from, to) in source.iter().zip(lanes.by_ref()) {
         *to = *from;
     }
-    lanes.for_each(|to| *to = 0.0);
+    lanes.for_each(|to| *to = T::default());
 }
 
 /// Bands, and the rows of each tile. Rows are spread evenly over as few bands and tiles as do.
@@ -132,7 +131,8 @@ mod tests {
     #[test]
     fn tiles_hold_their_rows_column_by_column_with_zeros_after_the_end() {
         let values: Vec<f32> = (0..5 * 33).map(|i| i as f32).collect();
-        let selection = Selection { values: &values, width: 33, order: &[4, 0, 2], matrices: &[(7, 2), (1, 1)] };
+        let (order, matrices) = (&[4, 0, 2], &[(7, 2), (1, 1)]);
+        let selection = Selection { elements: &values, width: 33, padded_to: 32, order, matrices };
         // Memory that was used before must not show through.
         let packed = PackedRows::new(&mut Pool::alone(), &selection, 6, vec![9.0; 500]);
         let (rows, tile) = packed.tile(0);

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{FP4, Kernel, LANES, Simd};
+use super::{FP4_CODES, Kernel, LANES, MAX_CODE, Simd};
 
 /// Proof that the machine has AVX2 and FMA.
 #[derive(Clone, Copy)]
@@ -245,15 +245,40 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn fp4(self, nibbles: Self::Bits) -> Self::Float {
-        // The permutation has eight entries, the magnitudes; the nibble's highest bit moves to the sign.
-        let magnitudes = self.load(&FP4)[0];
-        let signs = self.and_bits(self.shl(nibbles, 28), self.splat_bits(1 << 31));
+    fn to_float(self, numbers: Self::Bits) -> Self::Float {
+        // SAFETY: the token proves AVX.
+        numbers.map(|half| unsafe { _mm256_cvtepi32_ps(half) })
+    }
+
+    #[inline(always)]
+    fn fp4_codes(self, nibbles: Self::Bits) -> Self::Bits {
+        // SAFETY: SSE2 is part of x86-64; 16 bytes are readable.
+        let table = unsafe { _mm_loadu_si128(FP4_CODES.as_ptr().cast()) };
         // SAFETY: the token proves AVX2.
-        let low = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[0]) };
+        let table = unsafe { _mm256_broadcastsi128_si256(table) };
         // SAFETY: the token proves AVX2.
-        let high = unsafe { _mm256_permutevar8x32_ps(magnitudes, nibbles[1]) };
-        self.bits_to_float(self.xor_bits(self.float_to_bits([low, high]), signs))
+        nibbles.map(|half| unsafe { _mm256_shuffle_epi8(table, half) })
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Bits, codes: [Self::Bits; 2], values: [u32; 2]) -> Self::Bits {
+        // Sums of four products, two of them from each word, still fit 16 bits.
+        const { assert!(MAX_CODE as i32 * 128 * 4 <= i16::MAX as i32) };
+        let values = values.map(|value| self.splat_bits(value)[0]);
+        let half = |half: usize| {
+            // SAFETY: the token proves AVX2.
+            let pairs = |at: usize| unsafe { _mm256_maddubs_epi16(codes[at][half], values[at]) };
+            // SAFETY: the token proves AVX2.
+            let add = |a, b| unsafe { _mm256_add_epi16(a, b) };
+            let pairs = add(pairs(0), pairs(1));
+            // SAFETY: the token proves AVX.
+            let ones = unsafe { _mm256_set1_epi16(1) };
+            // SAFETY: the token proves AVX2.
+            let words = unsafe { _mm256_madd_epi16(pairs, ones) };
+            // SAFETY: the token proves AVX2.
+            unsafe { _mm256_add_epi32(sums[half], words) }
+        };
+        [half(0), half(1)]
     }
 
     #[inline(always)]

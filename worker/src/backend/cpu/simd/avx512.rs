@@ -2,21 +2,24 @@
 
 use std::arch::x86_64::*;
 
-use super::{FP4, Kernel, LANES, Simd};
+use super::{FP4_CODES, Kernel, LANES, Simd};
 
-/// Proof that the machine has AVX-512F.
+/// Proof that the machine has AVX-512 with its F, BW and VNNI parts.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
 impl Avx512 {
     /// `None` where the machine lacks it.
     pub(crate) fn detect() -> Option<Self> {
-        is_x86_feature_detected!("avx512f").then_some(Self(()))
+        let there = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
+        there.then_some(Self(()))
     }
 }
 
-/// Everything that is inlined here may use AVX-512F.
-#[target_feature(enable = "avx512f,avx2,fma")]
+/// Everything that is inlined here may use AVX-512 F, BW and VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma")]
 fn enabled<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
     kernel.run(simd)
 }
@@ -30,7 +33,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
-        // SAFETY: the token proves AVX-512F, which no processor has without AVX2 and FMA.
+        // SAFETY: the token proves AVX-512 F, BW and VNNI, which no processor has without AVX2 and FMA.
         unsafe { enabled(self, kernel) }
     }
 
@@ -171,11 +174,29 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn fp4(self, nibbles: Self::Bits) -> Self::Float {
-        let table = self.load(&FP4);
-        // The permutation looks at the lowest four bits of each lane alone.
+    fn to_float(self, numbers: Self::Bits) -> Self::Float {
         // SAFETY: the token proves AVX-512F.
-        unsafe { _mm512_permutexvar_ps(nibbles, table) }
+        unsafe { _mm512_cvtepi32_ps(numbers) }
+    }
+
+    #[inline(always)]
+    fn fp4_codes(self, nibbles: Self::Bits) -> Self::Bits {
+        // SAFETY: SSE2 is part of x86-64; 16 bytes are readable.
+        let table = unsafe { _mm_loadu_si128(FP4_CODES.as_ptr().cast()) };
+        // SAFETY: the token proves AVX-512F.
+        let table = unsafe { _mm512_broadcast_i32x4(table) };
+        // SAFETY: the token proves AVX-512BW.
+        unsafe { _mm512_shuffle_epi8(table, nibbles) }
+    }
+
+    #[inline(always)]
+    fn dot(self, mut sums: Self::Bits, codes: [Self::Bits; 2], values: [u32; 2]) -> Self::Bits {
+        for (codes, value) in codes.into_iter().zip(values) {
+            let value = self.splat_bits(value);
+            // SAFETY: the token proves AVX-512VNNI.
+            sums = unsafe { _mm512_dpbusd_epi32(sums, codes, value) };
+        }
+        sums
     }
 
     #[inline(always)]

@@ -22,7 +22,7 @@ pub(crate) const LANES: usize = 16;
 /// An instruction set for which the kernels are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// 512-bit vectors (AVX-512F).
+    /// 512-bit vectors (AVX-512 F, BW and VNNI).
     Avx512,
     /// Pairs of 256-bit vectors (AVX2 and FMA).
     Avx2,
@@ -166,17 +166,25 @@ pub(crate) trait Simd: Copy {
     fn shl(self, a: Self::Bits, by: u32) -> Self::Bits;
     /// Logical right shift; `by` is a constant wherever this is called.
     fn shr(self, a: Self::Bits, by: u32) -> Self::Bits;
-    /// The FP4 value of each lane's lowest nibble; other bits do not matter.
-    fn fp4(self, nibbles: Self::Bits) -> Self::Float;
+    /// The floats of signed numbers, rounded where they have more than 24 bits.
+    fn to_float(self, numbers: Self::Bits) -> Self::Float;
+    /// The entry of [`FP4_CODES`] for each byte, all of which are below 16.
+    fn fp4_codes(self, nibbles: Self::Bits) -> Self::Bits;
+    /// Adds to each lane the products of its eight bytes of `codes`, unsigned and at most [`MAX_CODE`], with as many
+    /// signed bytes of `values`, the same in all lanes.
+    fn dot(self, sums: Self::Bits, codes: [Self::Bits; 2], values: [u32; 2]) -> Self::Bits;
 
     /// Asks for the cache line that lies `bytes` after `from`. A hint; the line need not exist. Into the second-level
     /// cache: the few line buffers of the first would be held for as long as memory takes.
     fn prefetch<T>(self, from: &T, bytes: usize);
 }
 
-/// FP4 (E2M1) by nibble: a sign, two bits of exponent, one of mantissa.
-pub(crate) const FP4: [f32; LANES] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+/// What is added to doubled FP4 values, so that none is negative.
+pub(crate) const CODE_OFFSET: i32 = 12;
+/// The greatest entry of [`FP4_CODES`].
+pub(crate) const MAX_CODE: u8 = 24;
+/// FP4 (E2M1: a sign, two bits of exponent, one of mantissa) by nibble: twice its value plus [`CODE_OFFSET`].
+pub(crate) const FP4_CODES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// `eˣ` within 2 ulp for `x` in [-87, 88]; exactly 0 below -88, and a large finite number above 88.
 ///

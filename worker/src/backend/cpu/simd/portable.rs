@@ -1,6 +1,6 @@
 //! Sixteen lanes in plain Rust, for machines whose instructions have no module of their own.
 
-use super::{FP4, Kernel, LANES, Simd};
+use super::{FP4_CODES, Kernel, LANES, Simd};
 
 /// Needs nothing of the machine.
 #[derive(Clone, Copy)]
@@ -140,8 +140,25 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn fp4(self, nibbles: Self::Bits) -> Self::Float {
-        nibbles.map(|nibble| FP4[(nibble & 15) as usize])
+    fn to_float(self, numbers: Self::Bits) -> Self::Float {
+        numbers.map(|number| number.cast_signed() as f32)
+    }
+
+    #[inline(always)]
+    fn fp4_codes(self, nibbles: Self::Bits) -> Self::Bits {
+        nibbles.map(|word| u32::from_le_bytes(word.to_le_bytes().map(|nibble| FP4_CODES[usize::from(nibble & 15)])))
+    }
+
+    #[inline(always)]
+    fn dot(self, mut sums: Self::Bits, codes: [Self::Bits; 2], values: [u32; 2]) -> Self::Bits {
+        for (codes, value) in codes.iter().zip(values) {
+            for (sum, codes) in sums.iter_mut().zip(codes) {
+                for (code, value) in codes.to_le_bytes().into_iter().zip(value.to_le_bytes()) {
+                    *sum = sum.wrapping_add_signed(i32::from(code) * i32::from(value.cast_signed()));
+                }
+            }
+        }
+        sums
     }
 
     #[inline(always)]
