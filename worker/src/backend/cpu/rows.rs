@@ -55,7 +55,7 @@ impl<T: Copy + Default + Send + Sync> PackedRows<T> {
         elements.resize(selection.order.len() * width, T::default());
         let cut = Cut { width, heights: &heights, columns: width };
         let mut alone = Pool::alone();
-        let pool = if size_of_val(&elements[..]) < size_of::<f32>() * SMALL { &mut alone } else { pool };
+        let pool = if size_of_val(&elements[..]) < SMALL { &mut alone } else { pool };
         split(pool, &mut elements, &cut, |tile, _, mut part| {
             let (rows, first) = tiles[tile];
             let packed = part.flat();
