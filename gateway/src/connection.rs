@@ -12,19 +12,29 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, response::Response};
-use hyper::{Request, body::Incoming, service::service_fn};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    response::Response,
+};
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
-    server::{conn::auto::Builder, graceful::Watcher},
+    server::graceful::Watcher,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
-    sync::{OwnedSemaphorePermit, oneshot},
+    sync::OwnedSemaphorePermit,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::debug;
 
@@ -34,16 +44,29 @@ use crate::patience::Patient;
 const HEADER_TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 129\r\n\r\n{\"error\":{\"message\":\"The header was not complete in time.\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"header_timeout\"}}\n";
 /// What a client is told that speaks HTTP where HTTPS is spoken.
 const SPEAK_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 130\r\n\r\n{\"error\":{\"message\":\"This port speaks HTTPS; use https://.\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":\"https_required\"}}\n";
+/// Room for what is read of a header at a time, in bytes.
+const LEAST_READ: usize = 512;
 /// How long the last words to a client may take.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Largest header of a request, in bytes.
+pub(crate) const MAX_HEADER_BYTES: usize = 64 << 10;
+/// How a connection begins that speaks HTTP/2 without TLS.
+const HTTP2: &[u8] = b"PRI * HTTP/2";
 /// First byte of every TLS connection: a handshake record.
 const HANDSHAKE: u8 = 0x16;
+
+/// How each protocol is spoken.
+pub(crate) struct Protocols {
+    pub(crate) http1: http1::Builder,
+    pub(crate) http2: http2::Builder<TokioExecutor>,
+}
 
 /// What a connection is served with.
 pub(crate) struct Connection {
     pub(crate) router: Router,
-    pub(crate) builder: Arc<Builder<TokioExecutor>>,
+    pub(crate) protocols: Arc<Protocols>,
     pub(crate) watcher: Watcher,
+    pub(crate) shutdown: CancellationToken,
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) header_timeout: Duration,
     pub(crate) unread_timeout: Duration,
@@ -53,7 +76,14 @@ pub(crate) struct Connection {
 impl Connection {
     /// Serves a client until it leaves or is shown the door.
     pub(crate) async fn serve(mut self, stream: TcpStream) {
-        let Some(acceptor) = self.tls.take() else { return self.speak(stream).await };
+        match self.tls.take() {
+            None => self.speak(stream).await,
+            // Boxed, so that other connections need not keep room for it.
+            Some(acceptor) => Box::pin(self.speak_tls(acceptor, stream)).await,
+        }
+    }
+
+    async fn speak_tls(self, acceptor: TlsAcceptor, stream: TcpStream) {
         match timeout(self.header_timeout, handshake(acceptor, stream)).await {
             Ok(Ok(stream)) => self.speak(stream).await,
             Ok(Err(error)) => debug!(%error, "handshake failed"),
@@ -61,31 +91,70 @@ impl Connection {
         }
     }
 
-    async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
-        let Self { router, builder, watcher, header_timeout, unread_timeout, _place, .. } = self;
-        let seen = Arc::new(AtomicBool::new(false));
+    async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, mut stream: S) {
+        let mut head = Vec::new();
+        match timeout(self.header_timeout, read_head(&mut stream, &mut head, &self.shutdown)).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => return,
+            Ok(Err(error)) => return debug!(%error, "connection ended"),
+            Err(_) => {
+                debug!(status = 408, "connection without a request");
+                // One that said nothing at all is not answered.
+                return if head.is_empty() { drop(stream) } else { refuse_late(stream).await };
+            }
+        }
+        let is_http2 = head.starts_with(HTTP2);
+        let stream = Patient::new(Rewound { head: head.into(), stream }, self.unread_timeout);
+        let (router, seen) = (self.router, Arc::new(AtomicBool::new(false)));
         let mark = Arc::clone(&seen);
         let service = service_fn(move |request: Request<Incoming>| {
             mark.store(true, Ordering::Relaxed);
             answer(router.clone(), request)
         });
-        let (lent, back) = Lent::new(Patient::new(stream, unread_timeout));
-        let connection = Box::pin(watcher.watch(builder.serve_connection(TokioIo::new(lent), service).into_owned()));
-        // The builder's own timeout begins when it knows the protocol, and a client may never say enough for that.
+        let connection: Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>> = if is_http2 {
+            Box::pin(self.watcher.watch(self.protocols.http2.serve_connection(TokioIo::new(stream), service)))
+        } else {
+            Box::pin(self.watcher.watch(self.protocols.http1.serve_connection(TokioIo::new(stream), service)))
+        };
+        // hyper gives HTTP/2 clients all the time they want.
         let first_request = async {
-            sleep(header_timeout + Duration::from_millis(500)).await;
+            sleep(self.header_timeout).await;
             if seen.load(Ordering::Relaxed) {
                 std::future::pending::<()>().await;
             }
         };
-        // Either way the connection is dropped here, and its stream comes back.
-        let timed_out = tokio::select! {
-            result = connection => result.inspect_err(|error| debug!(%error, "connection ended")).is_err_and(is_timeout),
-            () = first_request => true,
+        tokio::select! {
+            ended = connection => if let Err(error) = ended {
+                debug!(%error, "connection ended");
+            },
+            () = first_request => debug!("connection without a request"),
+        }
+    }
+}
+
+/// Reads a first header, or as much as shows that it is none; `false` where nothing will come. hyper would take more
+/// than 20 KiB for each client that never finishes its header, and end its connection without a word.
+async fn read_head<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    head: &mut Vec<u8>,
+    shutdown: &CancellationToken,
+) -> io::Result<bool> {
+    loop {
+        let read = head.len();
+        head.reserve(LEAST_READ);
+        let length = tokio::select! {
+            length = stream.read_buf(head) => length?,
+            () = shutdown.cancelled(), if head.is_empty() => return Ok(false),
         };
-        if timed_out && !seen.load(Ordering::Relaxed) {
-            debug!(status = 408, "connection without a request");
-            refuse_late(back).await;
+        if length == 0 {
+            return Ok(!head.is_empty());
+        }
+        // The end may have begun in what was read before.
+        let from = read.saturating_sub(2);
+        let ends = |end: &[u8]| head[from..].windows(end.len()).any(|bytes| bytes == end);
+        let begins_a_request = head[0].is_ascii_alphabetic() && !head.starts_with(HTTP2);
+        if !begins_a_request || ends(b"\n\r\n") || ends(b"\n\n") || head.len() > MAX_HEADER_BYTES {
+            return Ok(true);
         }
     }
 }
@@ -107,13 +176,8 @@ async fn answer(router: Router, request: Request<Incoming>) -> Result<Response, 
     router.oneshot(request.map(Body::new)).await
 }
 
-fn is_timeout(error: Box<dyn std::error::Error + Send + Sync>) -> bool {
-    error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
-}
-
-/// Answers a client that began a header and did not end it. One that said nothing at all is not answered.
-async fn refuse_late<S: AsyncWrite + Unpin>(back: oneshot::Receiver<(S, bool)>) {
-    let Ok((mut stream, true)) = back.await else { return };
+/// Answers a client that began a header and did not end it.
+async fn refuse_late<S: AsyncWrite + Unpin>(mut stream: S) {
     let words = async {
         stream.write_all(HEADER_TIMEOUT).await?;
         stream.shutdown().await
@@ -123,56 +187,34 @@ async fn refuse_late<S: AsyncWrite + Unpin>(back: oneshot::Receiver<(S, bool)>) 
     }
 }
 
-/// A stream that comes back, with the word whether anything was read from it, when whoever has it drops it: hyper closes
-/// a connection whose header is late without an answer.
-struct Lent<S> {
-    stream: Option<S>,
-    was_read: bool,
-    owner: Option<oneshot::Sender<(S, bool)>>,
+/// A stream of which the beginning was read already.
+struct Rewound<S> {
+    head: Bytes,
+    stream: S,
 }
 
-impl<S> Lent<S> {
-    fn new(stream: S) -> (Self, oneshot::Receiver<(S, bool)>) {
-        let (owner, back) = oneshot::channel();
-        (Self { stream: Some(stream), was_read: false, owner: Some(owner) }, back)
-    }
-}
-
-impl<S: Unpin> Lent<S> {
-    fn stream(&mut self) -> io::Result<Pin<&mut S>> {
-        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
-    }
-}
-
-impl<S> Drop for Lent<S> {
-    fn drop(&mut self) {
-        if let (Some(stream), Some(owner)) = (self.stream.take(), self.owner.take()) {
-            // Mostly nobody waits for it: the connection ended in order.
-            let _ = owner.send((stream, self.was_read));
-        }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Lent<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Rewound<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = self.stream()?.poll_read(cx, buffer);
-        self.was_read |= buffer.filled().len() > before;
-        result
+        if self.head.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        }
+        let length = self.head.len().min(buffer.remaining());
+        buffer.put_slice(&self.head.split_to(length));
+        Poll::Ready(Ok(()))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Lent<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Rewound<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.stream()?.poll_write(cx, bytes)
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
@@ -180,11 +222,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Lent<S> {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.stream()?.poll_write_vectored(cx, bytes)
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.as_ref().is_some_and(AsyncWrite::is_write_vectored)
+        self.stream.is_write_vectored()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Connections: bounded in number and in the time that a header takes, drained at the end.
 //!
-//! `axum::serve` has no header timeout, so thousands of half-open headers would stay; hyper-util's builder has one.
+//! `axum::serve` has no header timeout, so thousands of half-open headers would stay; hyper's own builders have one.
 
 use std::{
     io,
@@ -10,10 +10,12 @@ use std::{
 };
 
 use axum::Router;
+use hyper::server::conn::{http1, http2};
 use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
-    server::{conn::auto::Builder, graceful::GracefulShutdown},
+    server::graceful::GracefulShutdown,
 };
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -22,16 +24,22 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::{app::App, config::Config, connection::Connection, routes::router, tls::Tls};
+use crate::{
+    app::App,
+    config::Config,
+    connection::{Connection, MAX_HEADER_BYTES, Protocols},
+    routes::router,
+    tls::Tls,
+};
 
-/// Largest header of a request, in bytes.
-const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 128;
 /// HTTP/2 streams that a client may open and reset before its connection is closed.
 const MAX_RESETS: usize = 64;
 /// Pings that find out that an HTTP/2 client is gone, and how long each may take.
 const PING: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(20));
+/// What a client may leave unread in the system's memory, in bytes; Linux doubles it.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
 /// Pause after the system refused a connection, for want of descriptors for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long connections may take to send their last error after the drain is over.
@@ -101,7 +109,7 @@ fn announce(socket: &str) {
 /// Accepts and serves connections.
 struct Connections {
     router: Router,
-    builder: Arc<Builder<TokioExecutor>>,
+    protocols: Arc<Protocols>,
     tls: Option<Arc<Tls>>,
     places: Arc<Semaphore>,
     graceful: GracefulShutdown,
@@ -113,15 +121,16 @@ impl Connections {
     fn new(app: &Arc<App>, tls: Option<Arc<Tls>>) -> Self {
         let limits = &app.config.limits;
         let header_timeout = app.config.timeouts.header;
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder
-            .http1()
+        let mut protocols =
+            Protocols { http1: http1::Builder::new(), http2: http2::Builder::new(TokioExecutor::new()) };
+        protocols
+            .http1
             .timer(TokioTimer::new())
             .header_read_timeout(header_timeout)
             .max_buf_size(MAX_HEADER_BYTES)
             .max_headers(MAX_HEADERS);
-        builder
-            .http2()
+        protocols
+            .http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(limits.http2_streams)
             .max_pending_accept_reset_streams(MAX_RESETS)
@@ -131,7 +140,7 @@ impl Connections {
             .keep_alive_timeout(PING.1);
         Self {
             router: router(Arc::clone(app)),
-            builder: Arc::new(builder),
+            protocols: Arc::new(protocols),
             tls,
             places: Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS))),
             graceful: GracefulShutdown::new(),
@@ -147,7 +156,7 @@ impl Connections {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => self.begin(stream),
+                Ok((stream, _)) => self.begin(stream, shutdown),
                 Err(error) => {
                     warn!(%error, "cannot accept a connection");
                     sleep(ACCEPT_PAUSE).await;
@@ -156,16 +165,19 @@ impl Connections {
         }
     }
 
-    fn begin(&self, stream: TcpStream) {
+    fn begin(&self, stream: TcpStream, shutdown: &CancellationToken) {
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             return refuse(&stream);
         };
         // Each event of a stream is to leave at once. Where the system refuses, it leaves a little later.
         let _ = stream.set_nodelay(true);
+        // Left to itself, the system keeps megabytes for each client that does not read.
+        let _ = set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
         let connection = Connection {
             router: self.router.clone(),
-            builder: Arc::clone(&self.builder),
+            protocols: Arc::clone(&self.protocols),
             watcher: self.graceful.watcher(),
+            shutdown: shutdown.clone(),
             tls: self.tls.as_ref().map(|tls| tls.acceptor()),
             header_timeout: self.header_timeout,
             unread_timeout: self.unread_timeout,

@@ -38,6 +38,30 @@ async fn a_header_that_does_not_end_is_cut_off() {
 }
 
 #[tokio::test]
+async fn a_header_may_come_in_any_pieces_and_what_is_none_is_refused_at_once() {
+    let gateway = start().await;
+    for header in ["GET /livez HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n", "GET /livez HTTP/1.0\n\n"] {
+        let mut socket = TcpStream::connect(gateway.client.0).await.unwrap();
+        socket.set_nodelay(true).unwrap();
+        for byte in header.bytes() {
+            socket.write_all(&[byte]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        let mut answer = String::new();
+        timeout(PATIENCE, socket.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+        assert!(answer.contains(" 200 OK\r\n"), "{header:?}: {answer}");
+    }
+    // The first byte shows that no header is to come, and nobody waits for its time to run out.
+    let began = std::time::Instant::now();
+    let answer = answer_to(&gateway, b"\x16\x03\x01").await;
+    assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{answer}");
+    let long = format!("GET /livez HTTP/1.1\r\nx-long: {}", "a".repeat(70 << 10));
+    let answer = answer_to(&gateway, long.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
 async fn a_body_that_does_not_end_is_a_timeout() {
     let gateway = start_with(|config| config.timeouts.body = Duration::from_millis(100)).await;
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: 100\r\n\r\n{{");
