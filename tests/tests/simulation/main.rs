@@ -2,10 +2,10 @@
 //! clients that do what the gateway does, over a simulated network that breaks.
 //!
 //! A seed decides what is asked for and what breaks when: requests, latencies, crashes, partitions, delayed messages. A
-//! seed that fails is named; `PHALANX_SEED=n` runs that one alone, `PHALANX_FULL=1` runs 10,000 of them. The order in which
-//! tasks run that are ready at the same moment is tokio's, which draws it anew each time unless it is built with
-//! `--cfg tokio_unstable`: a seed that failed once may have to be run more than once. The trace that is printed tells
-//! whether two runs were the same.
+//! seed that fails is named; `PHALANX_SEED=n` runs that one alone, `PHALANX_SEED=n..m` some, `PHALANX_FULL=1` runs 10,000
+//! of them. The order in which tasks run that are ready at the same moment is tokio's, which draws it anew each time unless
+//! it is built with `--cfg tokio_unstable`: a seed that failed once may have to be run more than once. The trace that is
+//! printed tells whether two runs were the same.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking, as tests do")]
 
@@ -34,7 +34,10 @@ fn model_dir() -> PathBuf {
 /// Seeds to run.
 fn seeds() -> Vec<u64> {
     match std::env::var("PHALANX_SEED") {
-        Ok(seed) => vec![seed.parse().unwrap()],
+        Ok(seeds) => match seeds.split_once("..") {
+            Some((from, to)) => (from.parse().unwrap()..to.parse().unwrap()).collect(),
+            None => vec![seeds.parse().unwrap()],
+        },
         Err(_) => (0..if phalanx_tests::full_size() { 10_000 } else { 200 }).collect(),
     }
 }
