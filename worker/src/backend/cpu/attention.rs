@@ -20,6 +20,8 @@ use crate::backend::{Batch, BatchSequence};
 
 /// Rows of a task, so that a tile of keys fetched from memory serves many queries.
 const TASK_ROWS: usize = 64;
+/// Tasks for each thread that suffice to keep all of them busy to the end.
+const TASKS_PER_THREAD: usize = 2;
 /// Rows that share the registers with a tile.
 const REGISTER_ROWS: usize = 4;
 /// Tiles that all rows of a task meet before the next ones come: 64 KiB of keys and values at 64 dimensions.
@@ -44,31 +46,24 @@ impl Attention<'_> {
         let heads = self.sinks.len();
         let group = heads / view.shape.kv_heads;
         let width = heads * view.shape.head_dim;
-        let (tasks, task_heads) = self.tasks(batch, group, pool.threads());
+        let (tasks, task_heads) = self.tasks(batch, (group, view.shape.kv_heads), pool.threads());
         let heights: Vec<usize> = tasks.iter().map(|(_, rows)| rows.len()).collect();
         let mut out = vec![0.0; batch.tokens.len() * width];
         let cut = Cut { width, heights: &heights, columns: task_heads * view.shape.head_dim };
         split(pool, &mut out, &cut, |band, block, out| {
             let (sequence, rows) = &tasks[band];
             let heads = block * task_heads..(block + 1) * task_heads;
-            level.run(Task {
-                attention: self,
-                view,
-                sequence,
-                rows: rows.clone(),
-                kv_head: heads.start / group,
-                heads,
-                out,
-            });
+            level.run(Task { attention: self, view, sequence, rows: rows.clone(), heads, group, out });
         });
         out
     }
 
-    /// Rows of each task, and how many of the heads that share keys it takes: all of them, unless threads would idle.
+    /// Rows of each task, and how many heads it takes: those that share keys, fewer where threads would idle otherwise,
+    /// and more where each sequence has one row, since the keys of a block's heads lie one after the other.
     fn tasks<'b>(
         &self,
         batch: &'b Batch,
-        group: usize,
+        (group, kv_heads): (usize, usize),
         threads: usize,
     ) -> (Vec<(&'b BatchSequence, Range<usize>)>, usize) {
         let rows = (TASK_ROWS / group).max(1);
@@ -77,21 +72,27 @@ impl Attention<'_> {
             let all = sequence.rows.clone();
             tasks.extend(all.clone().step_by(rows).map(|first| (sequence, first..(first + rows).min(all.end))));
         }
-        let groups = tasks.len() * self.sinks.len() / group;
-        let enough = |heads: &usize| group.is_multiple_of(*heads) && groups * (group / heads) >= 2 * threads;
-        let task_heads = if threads == 1 { group } else { (1..=group).rev().find(enough).unwrap_or(1) };
+        let heads = self.sinks.len();
+        let enough = |task_heads: &usize| tasks.len() * (heads / task_heads) >= TASKS_PER_THREAD * threads;
+        let single = tasks.iter().all(|(_, rows)| rows.len() == 1);
+        let most = if single { kv_heads } else { 1 };
+        let several =
+            (1..=most).rev().filter(|several| kv_heads.is_multiple_of(*several)).map(|several| several * group);
+        let parts = (1..group).rev().filter(|part| group.is_multiple_of(*part));
+        let task_heads = several.chain(parts).find(|heads| threads == 1 || enough(heads)).unwrap_or(1);
         (tasks, task_heads)
     }
 }
 
-/// Some rows and heads of one sequence, all with the same keys.
+/// Some rows and heads of one sequence.
 struct Task<'a> {
     attention: &'a Attention<'a>,
     view: LayerView<'a>,
     sequence: &'a BatchSequence,
     rows: Range<usize>,
     heads: Range<usize>,
-    kv_head: usize,
+    /// Heads that share keys and values.
+    group: usize,
     out: Rectangle<'a, f32>,
 }
 
@@ -116,16 +117,31 @@ impl Kernel for Task<'_> {
     fn run<S: Simd>(mut self, s: S) {
         let mut queries = self.queries();
         let (Some(first), Some(last)) = (queries.first(), queries.last()) else { return };
+        let heads = self.heads.len();
+        let kv_heads = self.heads.start / self.group..(self.heads.end - 1) / self.group + 1;
+        // A task with the heads of several keys has one row.
+        let sharing = if kv_heads.len() > 1 { self.group } else { queries.len() };
         let shape = self.view.shape;
         let tiles = shape.tile_of(first.visible.start)..shape.tile_of(last.visible.end - 1) + 1;
         let table = self.sequence.table(self.attention.kind);
-        for start in tiles.clone().step_by(SPAN) {
-            let span = start..(start + SPAN).min(tiles.end);
-            for (index, queries) in queries.chunks_mut(REGISTER_ROWS).enumerate() {
-                self.meet_span(s, (queries, index == 0), span.clone(), table);
+        // In the order in which several heads' tiles lie in memory.
+        let step = if kv_heads.len() > 1 { 1 } else { SPAN };
+        for start in tiles.clone().step_by(step) {
+            let span = start..(start + step).min(tiles.end);
+            for (kv_head, queries) in kv_heads.clone().zip(queries.chunks_mut(sharing)) {
+                for (index, queries) in queries.chunks_mut(REGISTER_ROWS).enumerate() {
+                    // The first queries of a span fetch the next tile for all.
+                    let next = if index > 0 {
+                        None
+                    } else if kv_head + 1 < kv_heads.end {
+                        Some((0, kv_head + 1))
+                    } else {
+                        Some((1, kv_heads.start))
+                    };
+                    self.meet_span(s, queries, (kv_head, next), span.clone(), table);
+                }
             }
         }
-        let heads = self.heads.len();
         for (index, query) in queries.iter().enumerate() {
             let row = &mut self.out.row(index / heads)[index % heads * shape.head_dim..][..shape.head_dim];
             query.finish(row);
@@ -157,12 +173,14 @@ impl<'a> Task<'a> {
         queries
     }
 
-    /// Up to [`REGISTER_ROWS`] queries meet the tiles of a span that any of them sees.
+    /// Up to [`REGISTER_ROWS`] queries meet the tiles of a span that any of them sees. The tile that comes next is so many
+    /// further on, of that head.
     #[inline(always)]
     fn meet_span<S: Simd>(
         &self,
         s: S,
-        (queries, leads): (&mut [Query<'_>], bool),
+        queries: &mut [Query<'_>],
+        (kv_head, next): (usize, Option<(usize, usize)>),
         span: Range<usize>,
         table: &[BlockId],
     ) {
@@ -173,12 +191,10 @@ impl<'a> Task<'a> {
         let end = span.end.min(beyond);
         for index in start..end {
             let positions = shape.positions(index);
-            let (keys, values) = self.view.tile(table, index, self.kv_head);
-            // The first queries of a span fetch its tiles for all.
-            let next = if leads && index + 1 < beyond {
-                self.view.tile(table, index + 1, self.kv_head)
-            } else {
-                (&[][..], &[][..])
+            let (keys, values) = self.view.tile(table, index, kv_head);
+            let next = match next {
+                Some((further, head)) if index + further < beyond => self.view.tile(table, index + further, head),
+                _ => (&[][..], &[][..]),
             };
             let lanes = |query: &Query<'_>| {
                 let first = query.visible.start.max(positions.start);
