@@ -16,6 +16,7 @@ use crate::{
     harmony::Harmony,
     instruments::Instruments,
     openai::error::ApiError,
+    shared_page::SharedPage,
     stats::Stats,
     tokenizer::Tokenizer,
     upstream::{Fleet, Upstream},
@@ -28,6 +29,7 @@ pub(crate) struct App {
     pub(crate) harmony: Harmony,
     pub(crate) upstream: Arc<Upstream>,
     pub(crate) instruments: Arc<Instruments>,
+    pub(crate) metrics_page: SharedPage,
     pub(crate) stats: Arc<Stats>,
     /// Requests that may still begin.
     slots: Arc<Semaphore>,
@@ -62,6 +64,7 @@ impl App {
             harmony: Harmony::new(Arc::new(tokenizer))?,
             upstream: Arc::new(Upstream::new(&config).context("coordinator address")?),
             instruments: Arc::new(Instruments::new(config.vllm_metrics)),
+            metrics_page: SharedPage::default(),
             stats: Arc::new(Stats::new(Instant::now())?),
             slots: Arc::new(Semaphore::new(config.limits.requests.min(Semaphore::MAX_PERMITS))),
             draining,

@@ -35,6 +35,7 @@ mod patience;
 pub mod profiles;
 mod routes;
 mod server;
+mod shared_page;
 mod stats;
 mod stream;
 mod tls;

@@ -64,15 +64,18 @@ pub(crate) async fn metrics(
     State(app): State<Arc<App>>,
     Extension(identity): Extension<Identity>,
 ) -> Result<Response, ApiError> {
-    for tenant in app.access.tenants() {
-        let key = KeyLabels { key: tenant.name.clone() };
-        app.instruments.key_running.get_or_create(&key).set(f64::from(tenant.quota.running()));
-    }
-    let text = app.instruments.write(&app.upstream.fleet(), app.served_as()).map_err(|error| {
+    let render = || {
+        for tenant in app.access.tenants() {
+            let key = KeyLabels { key: tenant.name.clone() };
+            app.instruments.key_running.get_or_create(&key).set(f64::from(tenant.quota.running()));
+        }
+        app.instruments.write(&app.upstream.fleet(), app.served_as())
+    };
+    let page = app.metrics_page.get(render).map_err(|error| {
         tracing::error!(request_id = identity.id, %error, "metrics could not be written");
         ApiError::internal(&identity.id)
     })?;
-    Ok(([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response())
+    Ok(([(header::CONTENT_TYPE, OPEN_METRICS)], page).into_response())
 }
 
 /// Figures of the last minute, for people.
