@@ -50,7 +50,7 @@ const LEAST_READ: usize = 512;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Largest header of a request, in bytes.
 pub(crate) const MAX_HEADER_BYTES: usize = 64 << 10;
-/// How a connection begins that speaks HTTP/2 without TLS.
+/// How every connection that speaks HTTP/2 begins.
 const HTTP2: &[u8] = b"PRI * HTTP/2";
 /// First byte of every TLS connection: a handshake record.
 const HANDSHAKE: u8 = 0x16;
@@ -100,7 +100,10 @@ impl Connection {
             Err(_) => {
                 debug!(status = 408, "connection without a request");
                 // One that said nothing at all is not answered.
-                return if head.is_empty() { drop(stream) } else { refuse_late(stream).await };
+                if !head.is_empty() {
+                    refuse_late(stream).await;
+                }
+                return;
             }
         }
         let is_http2 = head.starts_with(HTTP2);
