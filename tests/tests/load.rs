@@ -54,6 +54,13 @@ async fn good_times(address: SocketAddr, count: usize) -> Vec<Duration> {
     times
 }
 
+/// Where slow clients live: on a thread that runs when nobody else wants to. Real ones are on other machines; here they
+/// share its cores with the server that they attack, and what they take of those is not what is to be measured.
+fn elsewhere() -> tokio::runtime::Runtime {
+    let last = || assert!(rustix::process::setpriority_process(None, 19).is_ok());
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).on_thread_start(last).enable_all().build().unwrap()
+}
+
 /// Behaves badly until the server ends the connection.
 async fn misbehave(address: SocketAddr, kind: usize) {
     let socket = TcpSocket::new_v4().unwrap();
@@ -66,8 +73,9 @@ async fn misbehave(address: SocketAddr, kind: usize) {
             let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
             drip(stream, format!("{head}\r\ncontent-length: 100000\r\n\r\n").as_bytes()).await;
         }
-        // Of those that do not read, some leave a long stream unread, and some so many pages that no buffer holds them.
-        _ if kind % 300 == 2 => {
+        // Of those that do not read, a few leave a long stream unread, and some so many pages that no buffer holds them. A
+        // stream costs the engine what it costs it when it is read, so that more of them would be load and not slowness.
+        _ if kind % 300 == 2 && kind < 2000 => {
             let long = completion(kind as u64, 4, 400, true);
             let _ = stream.write_all(&request_bytes("/v1/completions", &long)).await;
             never_read(stream).await;
@@ -119,9 +127,9 @@ async fn slow_clients_are_shed_and_good_requests_do_not_notice_them() {
 
     let stop = Arc::new(AtomicBool::new(false));
     let peak = tokio::spawn(peak_bytes(pids, Arc::clone(&stop)));
-    let mut slow = JoinSet::new();
+    let (elsewhere, mut slow) = (elsewhere(), JoinSet::new());
     for kind in 0..count {
-        slow.spawn(misbehave(address, kind));
+        slow.spawn_on(misbehave(address, kind), elsewhere.handle());
         if kind % 50 == 0 {
             sleep(Duration::from_millis(10)).await;
         }
@@ -144,6 +152,7 @@ async fn slow_clients_are_shed_and_good_requests_do_not_notice_them() {
     stop.store(true, Ordering::Relaxed);
     let more = peak.await.unwrap().saturating_sub(before);
     slow.abort_all();
+    elsewhere.shutdown_background();
 
     let p99 = |times: &[Duration]| percentile(times, 0.99).as_secs_f64() * 1e3;
     println!(
