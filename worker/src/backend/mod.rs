@@ -4,6 +4,7 @@
 //! Activations are `[tokens, width]`, row-major, one row a token of the flat batch.
 
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use std::ops::Range;
