@@ -102,3 +102,6 @@ DEVICE u64 nanoseconds() {
 }
 // Lets others go first while waiting.
 DEVICE void wait_a_little() { __nanosleep(40); }
+
+// Cosine and sine to f64's precision, of any angle.
+DEVICE void cos_sin(double angle, double& cosine, double& sine) { sincos(angle, &sine, &cosine); }

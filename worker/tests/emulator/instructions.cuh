@@ -265,3 +265,8 @@ DEVICE u32 load_acquire(const u32* address) { return __atomic_load_n(address, __
 DEVICE void store_release(u32* address, u32 value) { __atomic_store_n(address, value, __ATOMIC_RELEASE); }
 DEVICE u64 nanoseconds() { return emulator::clock_nanoseconds(); }
 DEVICE void wait_a_little() { emulator::yield(); }
+
+DEVICE void cos_sin(double angle, double& cosine, double& sine) {
+    cosine = std::cos(angle);
+    sine = std::sin(angle);
+}

@@ -18,7 +18,7 @@ use std::{
 use libloading::Library;
 use phalanx_worker::backend::cuda::{
     driver::{Address, Arguments, Driver, DriverError, Properties, Shape},
-    kernels::KernelFile,
+    kernels::{HEADERS, KernelFile},
 };
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
@@ -306,7 +306,7 @@ fn compile(file: &KernelFile, definitions: &[(&str, u32)]) -> Result<PathBuf, St
     let worker = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (kernels, emulator) = (worker.join("kernels"), worker.join("tests/emulator"));
     let mut hasher = DefaultHasher::new();
-    let headers = ["prelude.cuh", "instructions.cuh"].map(|name| kernels.join(name));
+    let headers = HEADERS.map(|header| kernels.join(header.name));
     let ours = ["instructions.cuh", "runtime.cpp", "mod.rs"].map(|name| emulator.join(name));
     for path in headers.iter().chain(&ours) {
         fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?.hash(&mut hasher);

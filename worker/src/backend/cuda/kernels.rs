@@ -16,8 +16,14 @@ macro_rules! file {
 }
 
 /// What kernels include.
-pub const HEADERS: [KernelFile; 2] = [file!("prelude.cuh"), file!("instructions.cuh")];
+pub const HEADERS: [KernelFile; 3] = [file!("prelude.cuh"), file!("instructions.cuh"), file!("attention.cuh")];
 /// Embedding, norms, sums, conversions.
 pub const ROWS: KernelFile = file!("rows.cu");
+/// Rotary embedding, and keys and values into the cache. Defined by `HEAD_DIM` and `GROUP`, as all of attention is.
+pub const KV_WRITE: KernelFile = file!("kv_write.cu");
+/// Attention of sequences with one row each.
+pub const ATTEND_DECODE: KernelFile = file!("attend_decode.cu");
+/// Attention of sequences with many rows.
+pub const ATTEND_PREFILL: KernelFile = file!("attend_prefill.cu");
 /// Every file that is compiled by itself.
-pub const FILES: [KernelFile; 1] = [ROWS];
+pub const FILES: [KernelFile; 4] = [ROWS, KV_WRITE, ATTEND_DECODE, ATTEND_PREFILL];
