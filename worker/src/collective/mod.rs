@@ -1,6 +1,7 @@
 //! Sums and exchanges between the ranks of a group.
 
 pub mod host;
+pub mod push;
 
 use thiserror::Error;
 
@@ -12,6 +13,16 @@ pub enum CollectiveError {
     Aborted {
         /// The formation it belonged to.
         epoch: u64,
+    },
+    /// A peer did not take part in time; it is missing or hangs.
+    #[error("rank {rank} did not come to a collective of epoch {epoch} within {limit_ms} ms")]
+    Late {
+        /// The peer.
+        rank: usize,
+        /// The formation.
+        epoch: u64,
+        /// How long was waited.
+        limit_ms: u64,
     },
     /// A peer cannot be reached while the group forms.
     #[error("rank {rank} cannot be reached at {address}: {message}")]

@@ -27,9 +27,10 @@ pub fn of_collective(error: &CollectiveError) -> Fault {
     let kind = match error {
         CollectiveError::Mismatch { .. } => FaultKind::Diverged,
         CollectiveError::Rendezvous { .. } => FaultKind::Internal,
-        CollectiveError::Aborted { .. } | CollectiveError::Unreachable { .. } | CollectiveError::Io { .. } => {
-            FaultKind::CollectiveAborted
-        }
+        CollectiveError::Aborted { .. }
+        | CollectiveError::Late { .. }
+        | CollectiveError::Unreachable { .. }
+        | CollectiveError::Io { .. } => FaultKind::CollectiveAborted,
     };
     Fault::new(kind, error.to_string())
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 #![allow(unsafe_code, reason = "the emulator loads compiled kernels and gives them memory with guard pages")]
 
+mod all_reduce;
 mod attention;
 mod bench;
 #[path = "../emulator/mod.rs"]

@@ -25,5 +25,8 @@ pub const KV_WRITE: KernelFile = file!("kv_write.cu");
 pub const ATTEND_DECODE: KernelFile = file!("attend_decode.cu");
 /// Attention of sequences with many rows.
 pub const ATTEND_PREFILL: KernelFile = file!("attend_prefill.cu");
+/// Sums and exchanges between ranks that push into each other's memory; compiled with the definitions of
+/// [`Region`](crate::collective::push::Region).
+pub const ALL_REDUCE: KernelFile = file!("all_reduce.cu");
 /// Every file that is compiled by itself.
-pub const FILES: [KernelFile; 4] = [ROWS, KV_WRITE, ATTEND_DECODE, ATTEND_PREFILL];
+pub const FILES: [KernelFile; 5] = [ROWS, KV_WRITE, ATTEND_DECODE, ATTEND_PREFILL, ALL_REDUCE];
