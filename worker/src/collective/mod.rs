@@ -1,6 +1,7 @@
 //! Sums and exchanges between the ranks of a group.
 
 pub mod host;
+pub mod nccl;
 pub mod push;
 
 use thiserror::Error;
