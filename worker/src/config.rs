@@ -23,7 +23,7 @@ pub enum BackendKind {
     Cpu,
     /// Slow and readable, for comparison.
     Reference,
-    /// GPUs; not built yet.
+    /// NVIDIA GPUs.
     Cuda,
 }
 

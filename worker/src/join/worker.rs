@@ -15,7 +15,12 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::{
-    backend::{Arithmetic, cpu::CpuBackend, reference::ReferenceBackend},
+    backend::{
+        Arithmetic,
+        cpu::CpuBackend,
+        cuda::{self, driver::Driver},
+        reference::ReferenceBackend,
+    },
     collective::host::host_identity,
     config::{BackendKind, Config},
     executor::{Command, Device, faults},
@@ -129,7 +134,11 @@ pub(super) fn start_device(config: &Config, checkpoint: Checkpoint, memory_bytes
             Device::start(checkpoint, memory_bytes, move || Ok(ReferenceBackend::new(arithmetic.clone())))
         }
         BackendKind::Cuda => {
-            let message = "backend cuda is not part of this build; use cpu or reference";
+            // With `phalanx serve` a rank's place among the host's workers is its device's place.
+            let index = config.rank.unwrap_or_default();
+            let device = cuda::open(index).map_err(|error| faults::of_backend(&error))?;
+            let name = &device.properties().name;
+            let message = format!("{name} can be used, but the model on GPUs is not part of this build yet; use cpu");
             Err(Fault::new(FaultKind::Unsupported, message))
         }
     }
