@@ -100,8 +100,6 @@ fn what_cannot_run_is_refused_in_a_clear_line() {
     assert!(line.contains(&port) && line.contains("--port"), "{line}");
     let line = refused(&["serve", "-tp", "3", "--port", "0"]);
     assert!(line.contains("[1, 2, 4]"), "the sizes that fit are named: {line}");
-    let line = refused(&["serve", "--backend", "cuda", "--port", "0"]);
-    assert!(line.contains("cuda"), "{line}");
     let line = refused(&["serve", "--load-format", "dummy", "--port", "0"]);
     assert!(line.contains("--load-format"), "{line}");
     let line = refused(&["serve", "--data-parallel-size", "2", "--port", "0"]);
@@ -112,6 +110,18 @@ fn what_cannot_run_is_refused_in_a_clear_line() {
     assert!(line.contains("--insecure-bind"), "{line}");
     let line = refused(&["serve", "--kv-cache-memory-bytes", "1k", "--port", "0"]);
     assert!(line.to_lowercase().contains("kv cache"), "{line}");
+}
+
+#[test]
+fn a_machine_without_gpu_is_told_in_one_line_what_it_lacks() {
+    // Where there is a driver, it shows no device.
+    let run = |args: &[&str]| output_of(Command::new(binary()).args(args).env("CUDA_VISIBLE_DEVICES", ""));
+    for args in [["serve", "--backend", "cuda", "--port", "0"], ["worker", "--backend", "cuda", "--rank", "0"]] {
+        let (code, stdout, stderr) = run(&args);
+        assert_eq!((code, stdout.as_str()), (Some(78), ""), "{args:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+        assert!(stderr.contains("no GPU can be used") && stderr.contains("libcuda.so.1"), "{args:?}: {stderr}");
+    }
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub(crate) enum Command {
     Gateway(Box<GatewayArgs>),
     /// Show what each rank would hold, from the checkpoint's headers alone.
     Plan(PlanArgs),
+    /// Say what this machine has for serving: GPUs, CUDA's libraries, limits. Ends with 0 if a GPU can serve, 3 if there
+    /// is none and CPUs can, 1 if something is wrong.
+    Doctor(DoctorArgs),
     /// Measure a running server, or with --engine the workers without a gateway.
     Bench(Box<BenchArgs>),
     /// Talk to a running server in the terminal.
@@ -347,6 +350,18 @@ pub(crate) struct PlanArgs {
     pub memory: Option<u64>,
     /// Print JSON.
     #[arg(long, action = ArgAction::SetTrue)]
+    pub json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Also check this checkpoint: a directory, or a name below --model-dir.
+    pub model: Option<String>,
+    /// Directory in which model names are looked up.
+    #[arg(long, env = "PHALANX_MODELS")]
+    pub model_dir: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
     pub json: bool,
 }
 

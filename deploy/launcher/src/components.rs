@@ -7,8 +7,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use phalanx_proto::tls::Role;
+use phalanx_worker::backend::cuda;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -26,9 +27,17 @@ use crate::{
     tls::TlsArgs,
 };
 
-/// Why `--backend cuda` ends here.
+/// Why `--backend cuda` ends here where a GPU is ready.
 pub(crate) const CUDA_MISSING: &str =
     "--backend cuda: this version has no CUDA worker; use --backend cpu, or --backend reference for comparison";
+
+/// Why `--backend cuda` ends on this machine: what it lacks comes first.
+pub(crate) fn cuda_refused() -> anyhow::Error {
+    match cuda::check() {
+        Err(error) => anyhow::Error::new(error).context("--backend cuda"),
+        Ok(()) => anyhow!(CUDA_MISSING),
+    }
+}
 
 /// KV cache of a rank on a CPU when nothing is said, in bytes: main memory is shared with everything else.
 const CPU_KV_BYTES: u64 = 1 << 30;
@@ -89,7 +98,6 @@ pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
 }
 
 fn worker_config(args: &WorkerArgs) -> Result<phalanx_worker::Config> {
-    ensure!(args.device.backend != Backend::Cuda, CUDA_MISSING);
     let model_dir = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
     let names = models::served_names(&model_dir, &args.model.served_model_name);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

@@ -1,5 +1,5 @@
 //! The one binary. `phalanx serve` starts and supervises a whole cluster; `coordinator`, `worker` and `gateway` start one
-//! process each, on any host; `plan`, `bench`, `chat` and `harmony` are tools.
+//! process each, on any host; `plan`, `doctor`, `bench`, `chat` and `harmony` are tools.
 //!
 //! | module | holds |
 //! | --- | --- |
@@ -12,7 +12,7 @@
 //! | [`access`] | keys and certificate of the HTTP door |
 //! | [`telemetry`] | logs and traces |
 //! | [`tls`], [`ca`] | certificates between components, and who makes them |
-//! | [`plan`], [`bench`](mod@bench), [`chat`], [`harmony`] | the tools |
+//! | [`plan`], [`doctor`], [`bench`](mod@bench), [`chat`], [`harmony`] | the tools |
 
 mod access;
 mod bench;
@@ -21,6 +21,7 @@ mod chat;
 mod cli;
 mod components;
 mod config_file;
+mod doctor;
 mod etcd;
 mod foreign;
 mod harmony;
@@ -93,6 +94,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => components::worker(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Gateway(args) => components::gateway(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Chat(args) => chat::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Harmony(args) => harmony::run(&args).map(|()| ExitCode::SUCCESS),

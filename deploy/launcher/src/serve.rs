@@ -22,7 +22,7 @@ use crate::{
     EXIT_REFUSED,
     access::Terminal,
     cli::{Backend, LoadFormat, ServeArgs},
-    models, progress,
+    components, models, progress,
     supervisor::{ChildEvent, ChildSpec, Supervised},
     telemetry,
 };
@@ -199,7 +199,9 @@ impl Setup {
         let world_size = args.scheduler.tensor_parallel_size.unwrap_or(DEFAULT_WORLD_SIZE);
         let parallelism = parallelism(args.scheduler.enable_expert_parallel);
         Layout::new(&checkpoint.geometry, world_size, parallelism).context("--tensor-parallel-size")?;
-        ensure!(args.device.backend != Backend::Cuda, crate::components::CUDA_MISSING);
+        if args.device.backend == Backend::Cuda {
+            return Err(components::cuda_refused());
+        }
         ensure!(
             args.load_format == LoadFormat::Auto,
             "--load-format dummy: this version reads checkpoints only; tests/tools/make_checkpoint.py makes a synthetic one"

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use phalanx_coordinator::engine::{Engine, EngineConfig, Event, Request, Tenant};
 use phalanx_proto::{
     checkpoint::Checkpoint,
@@ -84,7 +84,7 @@ fn measure(args: &BenchArgs) -> Result<()> {
             let make = |arithmetic| Ok(ReferenceBackend::new(arithmetic));
             Bench::start(args, &directory, make, |_| 0)?.levels(bandwidth)?
         }
-        cli::Backend::Cuda => bail!("{}", crate::components::CUDA_MISSING),
+        cli::Backend::Cuda => return Err(crate::components::cuda_refused()),
     };
     let model = directory.display().to_string();
     if args.json {

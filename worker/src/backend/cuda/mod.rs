@@ -7,12 +7,14 @@
 //! | [`device`], `context`, `staging`, `calls` | a real GPU that does them |
 //! | [`compiler`], [`nvrtc`] | kernels from source to machine code, kept on disk |
 //! | [`library`] | CUDA's libraries, found when the program runs |
+//! | [`inventory`] | what a machine has, for `phalanx doctor` |
 
 mod calls;
 pub mod compiler;
 mod context;
 pub mod device;
 pub mod driver;
+pub mod inventory;
 pub mod kernels;
 pub mod library;
 pub mod nvrtc;
