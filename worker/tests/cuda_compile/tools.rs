@@ -15,7 +15,7 @@ const NVRTC_VERSION: (u32, u32) = (12, 9);
 const HINT: &str = "run the tests with tests/run, which installs tests/requirements.txt into target/venv";
 
 /// The environment of the Python that `tests/run` names or has installed, else of the system's.
-fn environment() -> PathBuf {
+pub(crate) fn environment() -> PathBuf {
     let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/venv/bin/python");
     let fallback = || if installed.exists() { installed } else { PathBuf::from("python3") };
     let python = std::env::var_os("PHALANX_PYTHON").map_or_else(fallback, PathBuf::from);
