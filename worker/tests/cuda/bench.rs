@@ -24,6 +24,13 @@ impl Bench {
         }
     }
 
+    /// Another file on a device that runs in the same order.
+    pub(crate) fn in_this_order(&self, file: &KernelFile, test: impl FnOnce(&Self)) {
+        let device = Emulator::with_order(2, self.device.backwards());
+        let module = device.load(file, &[]).unwrap_or_else(|error| panic!("{error}"));
+        test(&Self { device, module });
+    }
+
     pub(crate) fn floats(&self, values: &[f32]) -> Address {
         self.bytes(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())
     }

@@ -11,4 +11,5 @@ mod attention;
 mod bench;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod mistakes;
 mod rows;

@@ -75,6 +75,7 @@ pub(crate) struct Graph(Vec<Recorded>);
 
 impl Emulator {
     /// A device whose kernels run on `threads` threads of the system.
+    #[allow(dead_code, reason = "not every test that uses the emulator makes one without an order")]
     pub(crate) fn new(threads: u32) -> Self {
         Self::with_order(threads, false)
     }
@@ -89,6 +90,12 @@ impl Emulator {
             memory_bytes: MEMORY_BYTES,
         };
         Self { properties, allocations: Mutex::default(), capture: Mutex::default(), threads, backwards }
+    }
+
+    /// Whether it runs last to first.
+    #[allow(dead_code, reason = "not every test that uses the emulator asks")]
+    pub(crate) fn backwards(&self) -> bool {
+        self.backwards
     }
 
     fn run(&self, function: &Function, shape: Shape, arguments: &[u8]) -> Result<(), DriverError> {
@@ -163,6 +170,11 @@ fn mapped(bytes: usize) -> usize {
 fn release(start: u64, bytes: usize) {
     let inner = bytes.next_multiple_of(PAGE);
     let base = start as usize + bytes - inner - PAGE;
+    // The end of a buffer is the end of a page; what lies before its beginning must be as it was.
+    let before = (base + PAGE) as *const u8;
+    // SAFETY: the mapped bytes between the first guard page and the buffer.
+    let before = unsafe { std::slice::from_raw_parts(before, inner - bytes) };
+    assert!(before.iter().all(|&byte| byte == 0xff), "a kernel wrote before the beginning of a buffer");
     // SAFETY: exactly what `allocate` mapped, and nobody uses it any more.
     unsafe { munmap(base as *mut c_void, mapped(bytes)) }.unwrap();
 }
@@ -326,7 +338,7 @@ fn compile(file: &KernelFile, definitions: &[(&str, u32)]) -> Result<PathBuf, St
     fs::write(&source, text).map_err(|error| error.to_string())?;
     let mut compiler = Command::new("c++");
     compiler.args(
-        "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -Wall -Wextra -shared -fPIC -pthread -fno-gnu-unique"
+        "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -shared -fPIC -pthread -fno-gnu-unique -mtls-dialect=gnu2"
             .split(' '),
     );
     compiler.arg("-I").arg(&emulator).arg("-I").arg(&kernels);

@@ -27,7 +27,11 @@ namespace {
 constexpr size_t STACK_BYTES = 64 * 1024;
 constexpr size_t PAGE = 4096;
 
-enum class State { Ready, AtWarp, AtBarrier, Done };
+enum class State { Running, AtBarrier, Done };
+constexpr u32 ALL = 0xffffffffu;
+
+// One bit a lane: which can run, and which wait for the others of their warp.
+struct Warp { u32 ready, waiting; };
 
 struct Copy { void* shared; const void* global; bool valid; };
 
@@ -45,7 +49,7 @@ struct Block {
     const Entry* entry;
     const void* arguments;
     std::vector<Fiber> fibers;
-    std::vector<u8*> stacks;
+    std::vector<Warp> warps;
     void* scheduler;
     Fiber* running;
     bool backwards;
@@ -106,6 +110,8 @@ void install_handler() {
     });
 }
 
+void leave(State state);
+
 void to_scheduler(Fiber& fiber) { emulator_switch(&fiber.stack_pointer, here->scheduler); }
 
 void run_fiber() {
@@ -114,8 +120,7 @@ void run_fiber() {
     for (const auto& group : fiber.groups)
         if (!group.empty()) fail("ends with asynchronous copies that nobody waited for");
     if (!fiber.open.empty()) fail("ends with asynchronous copies that are in no group");
-    fiber.state = State::Done;
-    to_scheduler(fiber);
+    leave(State::Done);
     __builtin_unreachable();
 }
 
@@ -125,9 +130,14 @@ void prepare(Fiber& fiber, u8* stack) {
     *--top = reinterpret_cast<void*>(&run_fiber);
     top -= 6;                                        // the six registers
     fiber.stack_pointer = top;
-    fiber.state = State::Ready;
+    fiber.state = State::Running;
     fiber.groups.clear();
     fiber.open.clear();
+}
+
+// The next lane of `ready`, which is not empty, in the order that the launch asked for.
+u32 next_lane(const Block& block, u32 ready) {
+    return block.backwards ? 31 - u32(__builtin_clz(ready)) : u32(__builtin_ctz(ready));
 }
 
 // Runs one lane until it must wait.
@@ -141,8 +151,8 @@ void resume(Block& block, Fiber& fiber) {
             block.fibers[0].thread.blockIdx.x, block.fibers[0].thread.blockIdx.y, block.fibers[0].thread.blockIdx.z);
     for (u32 lane = 0; lane < 32; ++lane) {
         const Fiber& fiber = block.fibers[warp * 32 + lane];
-        const char* at = fiber.state == State::AtWarp ? fiber.call.name
-                         : fiber.state == State::AtBarrier ? "__syncthreads" : "the end";
+        const bool waiting = block.warps[warp].waiting >> lane & 1;
+        const char* at = waiting ? fiber.call.name : fiber.state == State::AtBarrier ? "__syncthreads" : "the end";
         fprintf(stderr, "  lane %u waits at %s\n", lane, at);
     }
     _exit(134);
@@ -150,23 +160,12 @@ void resume(Block& block, Fiber& fiber) {
 
 // Runs a warp until all its lanes stand at a barrier or are done.
 void run_warp(Block& block, u32 warp) {
-    Fiber* lanes = &block.fibers[warp * 32];
-    for (;;) {
-        for (u32 i = 0; i < 32; ++i) {
-            Fiber& lane = lanes[block.backwards ? 31 - i : i];
-            if (lane.state == State::Ready) resume(block, lane);
-        }
-        u32 waiting = 0, ready = 0, arrived = 0, done = 0;
-        for (u32 i = 0; i < 32; ++i) {
-            waiting += lanes[i].state == State::AtWarp;
-            ready += lanes[i].state == State::Ready;
-            arrived += lanes[i].state == State::AtBarrier;
-            done += lanes[i].state == State::Done;
-        }
-        if (arrived == 32 || done == 32) return;
-        if (ready == 0 && waiting != 0) lanes_apart(block, warp);
-        if (ready == 0) lanes_apart(block, warp);
-    }
+    while (block.warps[warp].ready != 0)
+        resume(block, block.fibers[warp * 32 + next_lane(block, block.warps[warp].ready)]);
+    const State first = block.fibers[warp * 32].state;
+    bool together = block.warps[warp].waiting == 0;
+    for (u32 lane = 1; lane < 32; ++lane) together = together && block.fibers[warp * 32 + lane].state == first;
+    if (!together) lanes_apart(block, warp);
 }
 
 void run_block(Block& block) {
@@ -184,7 +183,8 @@ void run_block(Block& block) {
                     arrived, block.fibers.size(), block.kernel);
             _exit(134);
         }
-        for (Fiber& fiber : block.fibers) fiber.state = State::Ready;
+        for (Fiber& fiber : block.fibers) fiber.state = State::Running;
+        for (Warp& warp : block.warps) warp.ready = ALL;
     }
 }
 
@@ -237,38 +237,41 @@ Thread& current() { return here->running->thread; }
 void meet(const char* name, WarpOperation operation, const void* in0, const void* in1, void* out, u32 number) {
     Block& block = *here;
     Fiber& fiber = *block.running;
+    const u32 index = fiber.thread.threadIdx.x / 32, bit = 1u << (fiber.thread.threadIdx.x % 32);
+    Fiber* lanes = &block.fibers[index * 32];
+    Warp& warp = block.warps[index];
     fiber.call = {name, in0, in1, out, number};
-    fiber.state = State::AtWarp;
-    Fiber* lanes = &block.fibers[fiber.thread.threadIdx.x / 32 * 32];
-    for (u32 i = 0; i < 32; ++i) {
-        if (lanes[i].state != State::AtWarp) {
-            // Straight to a lane that can run; through the scheduler if none can.
-            for (u32 j = 0; j < 32; ++j) {
-                Fiber& next = lanes[block.backwards ? 31 - j : j];
-                if (next.state == State::Ready) {
-                    block.running = &next;
-                    emulator_switch(&fiber.stack_pointer, next.stack_pointer);
-                    return;
-                }
-            }
-            to_scheduler(fiber);
-            return;
+    warp.ready &= ~bit;
+    warp.waiting |= bit;
+    if (warp.waiting != ALL) {
+        // Straight to a lane that can run; through the scheduler if none can.
+        void* to = block.scheduler;
+        if (warp.ready != 0) {
+            block.running = &lanes[next_lane(block, warp.ready)];
+            to = block.running->stack_pointer;
         }
+        emulator_switch(&fiber.stack_pointer, to);
+        return;
     }
     Call* calls[32];
     for (u32 i = 0; i < 32; ++i) {
         calls[i] = &lanes[i].call;
-        if (std::strcmp(calls[i]->name, name) != 0) lanes_apart(block, fiber.thread.threadIdx.x / 32);
+        if (calls[i]->name != name && std::strcmp(calls[i]->name, name) != 0) lanes_apart(block, index);
     }
     operation(calls);
-    for (u32 i = 0; i < 32; ++i) lanes[i].state = State::Ready;
+    warp = {ALL, 0};
 }
 
-void barrier() {
+namespace {
+void leave(State state) {
     Fiber& fiber = *here->running;
-    fiber.state = State::AtBarrier;
+    fiber.state = state;
+    here->warps[fiber.thread.threadIdx.x / 32].ready &= ~(1u << (fiber.thread.threadIdx.x % 32));
     to_scheduler(fiber);
 }
+}  // namespace
+
+void barrier() { leave(State::AtBarrier); }
 
 void copy_later(void* shared, const void* global, bool valid) {
     const uintptr_t to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
@@ -319,6 +322,7 @@ extern "C" int emulator_launch(const char* name, const emulator::Entry* entry, c
     auto work = [&] {
         Block block{name, entry, arguments, {}, {}, nullptr, nullptr, backwards != 0};
         block.fibers.resize(threads);
+        block.warps.resize(threads / 32);
         Block* outer = here;
         here = &block;
         u8* shared = stacks.shared_memory(shared_bytes);
@@ -331,6 +335,7 @@ extern "C" int emulator_launch(const char* name, const emulator::Entry* entry, c
                 fiber.thread = {{i, 0, 0}, place, {threads, 1, 1}, {grid[0], grid[1], grid[2]}, shared, shared_bytes};
                 prepare(fiber, stacks.stack(i));
             }
+            for (Warp& warp : block.warps) warp = {ALL, 0};
             run_block(block);
         }
         here = outer;
