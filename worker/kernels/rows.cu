@@ -63,3 +63,29 @@ KERNEL(select_rows, SelectRowsArguments, 256, 1) {
     float* to = args.y + u64(blockIdx.x) * args.width;
     for (u32 i = threadIdx.x; i < args.width; i += blockDim.x) to[i] = from[i];
 }
+
+// y[row] = x[row] rounded to bf16, into rows that may lie farther apart. One block a row.
+struct NarrowArguments {
+    const float* x;  // [rows, width]
+    bf16* y;         // [rows, stride], the first `width` of each
+    u32 width;
+    u32 stride;
+};
+KERNEL(narrow, NarrowArguments, 256, 1) {
+    const float* from = args.x + u64(blockIdx.x) * args.width;
+    bf16* to = args.y + u64(blockIdx.x) * args.stride;
+    for (u32 i = threadIdx.x; i < args.width; i += blockDim.x) to[i] = to_bf16(from[i]);
+}
+
+// y[row] = x[row] as f32, from rows that may lie farther apart. One block a row.
+struct WidenArguments {
+    const bf16* x;  // [rows, stride], the first `width` of each
+    float* y;       // [rows, width]
+    u32 width;
+    u32 stride;
+};
+KERNEL(widen, WidenArguments, 256, 1) {
+    const bf16* from = args.x + u64(blockIdx.x) * args.stride;
+    float* to = args.y + u64(blockIdx.x) * args.width;
+    for (u32 i = threadIdx.x; i < args.width; i += blockDim.x) to[i] = from_bf16(from[i]);
+}

@@ -9,7 +9,9 @@
 mod all_reduce;
 mod attention;
 mod bench;
+mod dense;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod experts;
 mod mistakes;
 mod rows;

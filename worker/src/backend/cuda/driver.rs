@@ -89,6 +89,13 @@ impl Arguments {
         Self::default()
     }
 
+    /// What a nested structure of this alignment ends with: padding.
+    #[must_use]
+    pub fn align(mut self, alignment: usize) -> Self {
+        self.bytes.resize(self.bytes.len().next_multiple_of(alignment), 0);
+        self
+    }
+
     fn push(mut self, field: &[u8]) -> Self {
         self.alignment = self.alignment.max(field.len());
         self.bytes.resize(self.bytes.len().next_multiple_of(field.len()), 0);
@@ -119,6 +126,11 @@ impl Arguments {
 
     /// An `u64`.
     pub fn u64(self, value: u64) -> Self {
+        self.push(&value.to_ne_bytes())
+    }
+
+    /// An f64.
+    pub fn f64(self, value: f64) -> Self {
         self.push(&value.to_ne_bytes())
     }
 
