@@ -140,15 +140,25 @@ impl Config {
         }
     }
 
-    /// Bytes that weights and KV cache may take together.
+    /// Which of the host's GPUs this worker uses. With `phalanx serve` a rank's place among the host's workers is its
+    /// device's place among those that `CUDA_VISIBLE_DEVICES` leaves.
+    pub(crate) fn device_index(&self) -> u32 {
+        self.rank.unwrap_or_default()
+    }
+
+    /// Bytes that weights and KV cache may take together, of the host's memory or of the GPU's.
     ///
     /// # Errors
-    /// When no limit is set and the system does not say what is available.
+    /// When no limit is set and the system does not say what is available, or the GPU cannot be used.
     pub(crate) fn memory_limit(&self) -> Result<u64, Fault> {
-        match self.memory_bytes {
-            Some(bytes) => Ok(bytes),
-            None => Ok((memory::available_bytes()? as f64 * self.memory_utilization) as u64),
+        if let Some(bytes) = self.memory_bytes {
+            return Ok(bytes);
         }
+        let available = match self.backend {
+            BackendKind::Cpu | BackendKind::Reference => memory::available_bytes()?,
+            BackendKind::Cuda => memory::available_device_bytes(self.device_index())?,
+        };
+        Ok((available as f64 * self.memory_utilization) as u64)
     }
 }
 

@@ -8,7 +8,11 @@ use phalanx_proto::{
     layout::RankLayout,
 };
 
-use crate::{backend::Backend, executor::Formation, model::Model};
+use crate::{
+    backend::{Backend, cuda, cuda::driver::Driver},
+    executor::{Formation, faults},
+    model::Model,
+};
 
 /// Tokens of the step that activations are set aside for: the usual `max_num_batched_tokens`.
 const ACTIVATION_TOKENS: usize = 2048;
@@ -27,6 +31,15 @@ pub(crate) fn available_bytes() -> Result<u64, Fault> {
     let kibibytes = kibibytes.and_then(|number| number.parse::<u64>().ok());
     let available = kibibytes.ok_or_else(|| unknown("no MemAvailable".into()))? * 1024;
     Ok(available.min(control_group_bytes().unwrap_or(u64::MAX)))
+}
+
+/// Bytes of a GPU's memory that are free now.
+///
+/// # Errors
+/// When the GPU cannot be used; the message says what is missing.
+pub(crate) fn available_device_bytes(index: u32) -> Result<u64, Fault> {
+    let free = cuda::open(index).and_then(|device| Ok(device.free_bytes()?));
+    free.map_err(|error| faults::of_backend(&error))
 }
 
 /// What the limit of this process's control group (version 2, as containers have it) leaves. `None` without a limit.

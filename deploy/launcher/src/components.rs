@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result};
 use phalanx_proto::tls::Role;
 use phalanx_worker::backend::cuda;
 use tokio::{
@@ -27,16 +27,9 @@ use crate::{
     tls::TlsArgs,
 };
 
-/// Why `--backend cuda` ends here where a GPU is ready.
-pub(crate) const CUDA_MISSING: &str =
-    "--backend cuda: this version has no CUDA worker; use --backend cpu, or --backend reference for comparison";
-
-/// Why `--backend cuda` ends on this machine: what it lacks comes first.
-pub(crate) fn cuda_refused() -> anyhow::Error {
-    match cuda::check() {
-        Err(error) => anyhow::Error::new(error).context("--backend cuda"),
-        Ok(()) => anyhow!(CUDA_MISSING),
-    }
+/// Refuses `--backend cuda` where the machine lacks something, in a line that says what.
+pub(crate) fn check_backend(backend: Backend) -> Result<()> {
+    if backend == Backend::Cuda { cuda::check().context("--backend cuda") } else { Ok(()) }
 }
 
 /// KV cache of a rank on a CPU when nothing is said, in bytes: main memory is shared with everything else.
@@ -56,7 +49,6 @@ pub(crate) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
 }
 
 fn coordinator_config(args: &CoordinatorArgs) -> Result<phalanx_coordinator::Config> {
-    ensure!(args.backend != Backend::Cuda, CUDA_MISSING);
     let scheduler: &SchedulerArgs = &args.scheduler;
     let directory = models::resolve(args.model.name(), args.model.model_dir.as_deref())?;
     let names = models::served_names(&directory, &args.model.served_model_name);
@@ -69,7 +61,9 @@ fn coordinator_config(args: &CoordinatorArgs) -> Result<phalanx_coordinator::Con
     deployment.max_num_batched_tokens = scheduler.max_num_batched_tokens;
     deployment.max_num_queued_reqs = scheduler.max_num_queued_reqs;
     deployment.block_size = scheduler.block_size;
-    deployment.kv_cache_memory_bytes = scheduler.kv_cache_memory_bytes.or(Some(CPU_KV_BYTES));
+    // A GPU's memory is all for weights and cache: what the weights leave is the cache's.
+    let default = (args.backend != Backend::Cuda).then_some(CPU_KV_BYTES);
+    deployment.kv_cache_memory_bytes = scheduler.kv_cache_memory_bytes.or(default);
     deployment.enable_prefix_caching = !scheduler.no_enable_prefix_caching;
     let limits = phalanx_coordinator::Limits {
         step_deadline: Duration::from_millis(scheduler.step_timeout_ms),

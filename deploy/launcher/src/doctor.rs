@@ -11,7 +11,7 @@ use rustix::{
 };
 use serde::Serialize;
 
-use crate::{cli::DoctorArgs, components, models};
+use crate::{cli::DoctorArgs, models};
 
 /// Exit status when something is in the way of serving.
 const EXIT_PROBLEMS: u8 = 1;
@@ -117,13 +117,13 @@ fn judge(inventory: Inventory, host: Host, model: Result<Option<Model>>) -> Repo
         problems.extend(inventory.driver.problem.clone());
     }
     if inventory.gpu == Presence::Present {
-        problems.push(components::CUDA_MISSING.to_owned());
         problems.extend(inventory.nvrtc.problem.clone());
         for device in &inventory.devices {
             problems.extend(device.problem.iter().map(|problem| format!("GPU {}: {problem}", device.index)));
         }
     }
     if several {
+        notes.push("sums over several GPUs go through the host's memory in this version".to_owned());
         problems.extend(inventory.nccl.problem.clone());
         let apart = inventory.links.iter().filter(|link| !link.direct && link.from < link.to);
         notes.extend(

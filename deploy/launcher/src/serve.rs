@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use crate::{
     EXIT_REFUSED,
     access::Terminal,
-    cli::{Backend, LoadFormat, ServeArgs},
+    cli::{LoadFormat, ServeArgs},
     components, models, progress,
     supervisor::{ChildEvent, ChildSpec, Supervised},
     telemetry,
@@ -199,9 +199,7 @@ impl Setup {
         let world_size = args.scheduler.tensor_parallel_size.unwrap_or(DEFAULT_WORLD_SIZE);
         let parallelism = parallelism(args.scheduler.enable_expert_parallel);
         Layout::new(&checkpoint.geometry, world_size, parallelism).context("--tensor-parallel-size")?;
-        if args.device.backend == Backend::Cuda {
-            return Err(components::cuda_refused());
-        }
+        components::check_backend(args.device.backend)?;
         ensure!(
             args.load_format == LoadFormat::Auto,
             "--load-format dummy: this version reads checkpoints only; tests/tools/make_checkpoint.py makes a synthetic one"

@@ -195,12 +195,26 @@ pub trait Backend: Send + Sized {
     /// Bytes that the KV cache takes for one token of one layer on this rank with `kv_heads` heads of `head_dim`.
     fn kv_bytes_per_token_and_layer(&self, kv_heads: usize, head_dim: usize) -> usize;
 
+    /// Learns what the next step is about. Comes before the step's other operations.
+    fn begin(&mut self, _batch: &Batch) -> Result<(), BackendError> {
+        Ok(())
+    }
     /// Rows of the embedding table: `[tokens, hidden]`.
     fn embed(&mut self, table: &Self::Embedding, tokens: &[TokenId]) -> Result<Self::Tensor, BackendError>;
     /// `x / sqrt(mean(x²) + eps) * weight`, row by row, in f32.
     fn rms_norm(&mut self, x: &Self::Tensor, weight: &Self::Vector) -> Result<Self::Tensor, BackendError>;
     /// `x Wᵀ + b`: `[tokens, in]` to `[tokens, out]`.
     fn linear(&mut self, x: &Self::Tensor, linear: &Self::Linear) -> Result<Self::Tensor, BackendError>;
+    /// Queries, keys and values of one layer, each like [`Backend::linear`].
+    fn qkv(
+        &mut self,
+        x: &Self::Tensor,
+        q: &Self::Linear,
+        k: &Self::Linear,
+        v: &Self::Linear,
+    ) -> Result<Qkv<Self::Tensor>, BackendError> {
+        Ok(Qkv { q: self.linear(x, q)?, k: self.linear(x, k)?, v: self.linear(x, v)? })
+    }
     /// Rotates queries and keys to the batch's positions, writes keys and values to the KV cache, and attends:
     /// `[tokens, q_heads * head_dim]`. Causal; sliding layers see `sliding_window` positions.
     fn attention(

@@ -18,7 +18,7 @@ use crate::{
     backend::{
         Arithmetic,
         cpu::CpuBackend,
-        cuda::{self, driver::Driver},
+        cuda::{self, CudaBackend},
         reference::ReferenceBackend,
     },
     collective::host::host_identity,
@@ -134,12 +134,9 @@ pub(super) fn start_device(config: &Config, checkpoint: Checkpoint, memory_bytes
             Device::start(checkpoint, memory_bytes, move || Ok(ReferenceBackend::new(arithmetic.clone())))
         }
         BackendKind::Cuda => {
-            // With `phalanx serve` a rank's place among the host's workers is its device's place.
-            let index = config.rank.unwrap_or_default();
-            let device = cuda::open(index).map_err(|error| faults::of_backend(&error))?;
-            let name = &device.properties().name;
-            let message = format!("{name} can be used, but the model on GPUs is not part of this build yet; use cpu");
-            Err(Fault::new(FaultKind::Unsupported, message))
+            let index = config.device_index();
+            let make = move || CudaBackend::new(arithmetic.clone(), cuda::open(index)?);
+            Device::start(checkpoint, memory_bytes, make)
         }
     }
 }

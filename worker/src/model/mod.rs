@@ -15,7 +15,7 @@ use thiserror::Error;
 pub use self::{batch::BatchError, load::LoadError};
 pub use crate::checkpoint::LoadedBytes;
 use crate::{
-    backend::{AttentionSite, Backend, BackendError, Batch, KvCacheSpec, Qkv},
+    backend::{AttentionSite, Backend, BackendError, Batch, KvCacheSpec},
     collective::{Collective, CollectiveError},
 };
 
@@ -110,6 +110,7 @@ impl<B: Backend> Model<B> {
         if batch.tokens.is_empty() {
             return Ok(Vec::new());
         }
+        self.backend.begin(batch)?;
         let mut x = self.backend.embed(&self.embedding, &batch.tokens)?;
         for layer in 0..self.layers.len() {
             // A group of one has no sums that would notice.
@@ -132,11 +133,7 @@ impl<B: Backend> Model<B> {
     fn attention(&mut self, index: usize, x: &B::Tensor, batch: &Batch) -> Result<B::Tensor, BackendError> {
         let (backend, layer) = (&mut self.backend, &self.layers[index]);
         let x = backend.rms_norm(x, &layer.attention_norm)?;
-        let qkv = Qkv {
-            q: backend.linear(&x, &layer.q)?,
-            k: backend.linear(&x, &layer.k)?,
-            v: backend.linear(&x, &layer.v)?,
-        };
+        let qkv = backend.qkv(&x, &layer.q, &layer.k, &layer.v)?;
         let site = AttentionSite { layer: index, sinks: &layer.sinks };
         let attended = backend.attention(qkv, &site, batch)?;
         backend.linear(&attended, &layer.o)

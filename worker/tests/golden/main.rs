@@ -7,12 +7,19 @@
 //! | `nano` | a trained model's sixty golden answers |
 //! | `shapes` | checkpoints of other shapes: the backends and the world sizes agree |
 //! | `precisions` | the same values as bf16, f16 and f32, in one file and in several |
+//! | `cuda` | the CUDA kernels, run on the host by the emulator: tiny, tiny-ragged and nano within the gates for bf16 |
 //! | `refusals` | damaged checkpoints and batches that do not fit |
 //! | `group`, `session`, `recorder`, `files` | ranks as threads, running prompts, listening in, reading golden files |
 
 #![allow(missing_docs, reason = "tests have no users")]
+#![allow(unsafe_code, reason = "the emulator loads compiled kernels and gives them memory with guard pages")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
+#[cfg(target_arch = "x86_64")]
+mod cuda;
+#[cfg(target_arch = "x86_64")]
+#[path = "../emulator/mod.rs"]
+mod emulator;
 mod files;
 mod group;
 #[path = "../in_process/mod.rs"]
@@ -32,6 +39,8 @@ use phalanx_worker::backend::{Arithmetic, Backend, cpu::CpuBackend, reference::R
 trait Candidate: Backend {
     /// Largest absolute difference from a golden logit.
     const LOGIT_TOLERANCE: f32;
+    /// Tokens a block. Small and odd, so that slices end within blocks and tables are long.
+    const BLOCK_SIZE: usize = 13;
 
     fn make(arithmetic: Arithmetic) -> Self;
 }

@@ -16,13 +16,15 @@ use crate::{
 /// Tokens of a prompt that are computed at a time.
 const CHUNK: usize = 64;
 
-struct Answer {
-    id: String,
-    prompt: Vec<TokenId>,
-    completion: Vec<TokenId>,
+pub(crate) struct Answer {
+    pub(crate) id: String,
+    pub(crate) prompt: Vec<TokenId>,
+    pub(crate) completion: Vec<TokenId>,
+    /// The smallest lead of a chosen token over the next one, and of which token of the completion.
+    pub(crate) min_margin: (f64, usize),
 }
 
-fn answers() -> Vec<Answer> {
+pub(crate) fn answers() -> Vec<Answer> {
     let text = std::fs::read_to_string(golden("nano.jsonl")).unwrap();
     let answer = |line: &str| {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -31,7 +33,8 @@ fn answers() -> Vec<Answer> {
             ids.map(|id| TokenId(id.as_u64().unwrap() as u32)).collect()
         };
         let id = line["id"].as_str().unwrap().to_owned();
-        Answer { id, prompt: ids("prompt_ids"), completion: ids("completion_ids") }
+        let min_margin = (line["min_margin"].as_f64().unwrap(), line["min_margin_at"].as_u64().unwrap() as usize);
+        Answer { id, prompt: ids("prompt_ids"), completion: ids("completion_ids"), min_margin }
     };
     text.lines().map(answer).collect()
 }

@@ -27,6 +27,7 @@ pub(crate) struct Recorder<B> {
 
 impl<B: Candidate> Candidate for Recorder<B> {
     const LOGIT_TOLERANCE: f32 = B::LOGIT_TOLERANCE;
+    const BLOCK_SIZE: usize = B::BLOCK_SIZE;
 
     fn make(arithmetic: Arithmetic) -> Self {
         Self { inner: B::make(arithmetic), recording: Recording::default() }
@@ -71,6 +72,10 @@ impl<B: Backend> Backend for Recorder<B> {
 
     fn kv_bytes_per_token_and_layer(&self, kv_heads: usize, head_dim: usize) -> usize {
         self.inner.kv_bytes_per_token_and_layer(kv_heads, head_dim)
+    }
+
+    fn begin(&mut self, batch: &Batch) -> Result<(), BackendError> {
+        self.inner.begin(batch)
     }
 
     fn embed(&mut self, table: &B::Embedding, tokens: &[TokenId]) -> Result<B::Tensor, BackendError> {

@@ -2,16 +2,15 @@
 
 use phalanx_proto::ids::{BlockId, TokenId};
 use phalanx_worker::{
-    backend::{Backend, Batch, BatchSequence},
+    backend::{Batch, BatchSequence},
     collective::Collective,
     model::Model,
 };
 
-/// Tokens a block. Small and odd, so that slices end within blocks and tables are long.
-const BLOCK_SIZE: usize = 13;
+use crate::Candidate;
 
 /// A model with its collective and the sequences that run on it.
-pub(crate) struct Session<B: Backend, C: Collective> {
+pub(crate) struct Session<B: Candidate, C: Collective> {
     model: Model<B>,
     collective: C,
     sequences: Vec<Sequence>,
@@ -32,12 +31,12 @@ pub(crate) struct Slice<'a> {
     pub(crate) wanted: Vec<usize>,
 }
 
-impl<B: Backend, C: Collective> Session<B, C> {
+impl<B: Candidate, C: Collective> Session<B, C> {
     /// Sequences of at most the given lengths, computed at most `chunk` tokens of each at a time. Blocks lie scattered
     /// over the pools, and a sliding layer's blocks are used anew as soon as the window has passed them.
     pub(crate) fn new(mut model: Model<B>, collective: C, max_lengths: &[usize], chunk: usize) -> Self {
-        let ring = (model.geometry().sliding_window + chunk).div_ceil(BLOCK_SIZE) + 1;
-        let blocks: Vec<usize> = max_lengths.iter().map(|len| len.div_ceil(BLOCK_SIZE)).collect();
+        let ring = (model.geometry().sliding_window + chunk).div_ceil(B::BLOCK_SIZE) + 1;
+        let blocks: Vec<usize> = max_lengths.iter().map(|len| len.div_ceil(B::BLOCK_SIZE)).collect();
         let mut unused: Vec<BlockId> = (0..blocks.iter().sum::<usize>() as u32).map(BlockId).collect();
         let scatter = |i: usize| BlockId((i * max_lengths.len()) as u32);
         let sequence = |(index, &count): (usize, &usize)| Sequence {
@@ -46,7 +45,7 @@ impl<B: Backend, C: Collective> Session<B, C> {
             sliding_table: (0..count).map(|i| BlockId(scatter(i % ring).0 + index as u32)).collect(),
         };
         let sequences = blocks.iter().enumerate().map(sequence).collect();
-        let spec = model.kv_cache_spec(BLOCK_SIZE, blocks.iter().sum(), ring * max_lengths.len());
+        let spec = model.kv_cache_spec(B::BLOCK_SIZE, blocks.iter().sum(), ring * max_lengths.len());
         model.allocate_kv_cache(&spec).unwrap();
         Self { model, collective, sequences }
     }

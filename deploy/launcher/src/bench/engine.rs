@@ -24,7 +24,7 @@ use phalanx_proto::{
     v1,
 };
 use phalanx_worker::{
-    backend::{Arithmetic, Backend, cpu, reference::ReferenceBackend},
+    backend::{Arithmetic, Backend, cpu, cuda, reference::ReferenceBackend},
     collective::{Alone, Collective, host},
     executor::{Executor, Formation},
     model::Model,
@@ -84,7 +84,12 @@ fn measure(args: &BenchArgs) -> Result<()> {
             let make = |arithmetic| Ok(ReferenceBackend::new(arithmetic));
             Bench::start(args, &directory, make, |_| 0)?.levels(bandwidth)?
         }
-        cli::Backend::Cuda => return Err(crate::components::cuda_refused()),
+        cli::Backend::Cuda => {
+            crate::components::check_backend(args.backend)?;
+            anyhow::ensure!(world == 1, "bench --engine --backend cuda measures one GPU, -tp is {world}");
+            let make = |arithmetic| cuda::CudaBackend::new(arithmetic, cuda::open(0)?);
+            Bench::start(args, &directory, make, |_| 0)?.levels(bandwidth)?
+        }
     };
     let model = directory.display().to_string();
     if args.json {

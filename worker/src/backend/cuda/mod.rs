@@ -2,29 +2,46 @@
 //!
 //! | module | holds |
 //! | --- | --- |
+//! | `backend` | the model's operations, each a launch or a few |
+//! | `linear`, `experts`, `attention` | resident weights and products with them; the KV cache |
+//! | `step` | what the attention kernels need to know of a batch |
+//! | `memory`, `tensor` | buffers, the pool of activations, what lies in them |
+//! | [`kernels`] | the kernels' sources and what was compiled of them |
 //! | [`driver`] | the few things asked of a device |
-//! | [`kernels`] | the kernels' sources and what a launch of each looks like |
 //! | [`device`], `context`, `staging`, `calls` | a real GPU that does them |
 //! | [`compiler`], [`nvrtc`] | kernels from source to machine code, kept on disk |
 //! | [`library`] | CUDA's libraries, found when the program runs |
 //! | [`inventory`] | what a machine has, for `phalanx doctor` |
+//!
+//! The residual stream and partial sums are f32; what a matrix is multiplied with is bf16, as the weights are.
 
+mod attention;
+mod backend;
 mod calls;
 pub mod compiler;
 mod context;
 pub mod device;
 pub mod driver;
+mod experts;
 pub mod inventory;
 pub mod kernels;
 pub mod library;
+mod linear;
+mod memory;
 pub mod nvrtc;
 mod staging;
+mod step;
+mod tensor;
 
+pub use backend::{CudaBackend, Embedding, Vector};
 use calls::{Initialized, Ordinal};
 use compiler::Compiler;
 use device::Device;
 use driver::DriverError;
+pub use experts::{Experts, Routing};
+pub use linear::Linear;
 use nvrtc::Nvrtc;
+pub use tensor::Tensor;
 
 use super::BackendError;
 

@@ -138,7 +138,7 @@ impl Cache {
                 available: 0,
             })?;
             values.resize(len, 0.0_f32);
-            Ok(values)
+            Ok::<_, BackendError>(values)
         };
         let pool = || spec.layers.iter().map(layer).collect::<std::result::Result<Vec<_>, _>>();
         Ok(Self { spec: Some(spec.clone()), keys: pool()?, values: pool()? })
