@@ -6,19 +6,21 @@ use phalanx_worker::backend::cuda::{
     kernels::KernelFile,
 };
 
-use crate::emulator::{Emulator, Function, Module};
+use crate::machine::{Function, Machine, Module, on_gpu};
 
-/// An emulated device with one file of kernels.
+/// A device with one file of kernels.
 pub(crate) struct Bench {
-    pub(crate) device: Emulator,
+    pub(crate) device: Machine,
     module: Module,
 }
 
 impl Bench {
     /// One that runs first to last, and one that runs last to first.
     pub(crate) fn in_both_orders(file: &KernelFile, definitions: &[(&str, u32)], test: impl Fn(&Self)) {
-        for backwards in [false, true] {
-            let device = Emulator::with_order(2, backwards);
+        // A real device has its own order.
+        let orders: &[bool] = if on_gpu() { &[false] } else { &[false, true] };
+        for &backwards in orders {
+            let device = Machine::new(2, backwards);
             let module = device.load(file, definitions).unwrap_or_else(|error| panic!("{error}"));
             test(&Self { device, module });
         }
@@ -26,7 +28,7 @@ impl Bench {
 
     /// Another file on a device that runs in the same order.
     pub(crate) fn in_this_order(&self, file: &KernelFile, test: impl FnOnce(&Self)) {
-        let device = Emulator::with_order(2, self.device.backwards());
+        let device = Machine::new(2, self.device.backwards());
         let module = device.load(file, &[]).unwrap_or_else(|error| panic!("{error}"));
         test(&Self { device, module });
     }
@@ -46,6 +48,7 @@ impl Bench {
     pub(crate) fn bytes(&self, bytes: &[u8]) -> Address {
         let address = self.device.allocate(bytes.len()).unwrap();
         self.device.upload(address, bytes).unwrap();
+        self.device.synchronize().unwrap();
         address
     }
 
@@ -60,7 +63,9 @@ impl Bench {
 
     pub(crate) fn launch(&self, name: &'static str, shape: Shape, arguments: &Arguments) {
         let function = self.function(name, shape.shared_bytes);
+        // Another device of the same test may have to read what comes of it, and what was uploaded here.
         self.device.launch(&function, shape, arguments).unwrap();
+        self.device.synchronize().unwrap();
     }
 
     pub(crate) fn read_floats(&self, from: Address, count: usize) -> Vec<f32> {

@@ -74,13 +74,8 @@ enum Recorded {
 pub(crate) struct Graph(Vec<Recorded>);
 
 impl Emulator {
-    /// A device whose kernels run on `threads` threads of the system.
-    #[allow(dead_code, reason = "not every test that uses the emulator makes one without an order")]
-    pub(crate) fn new(threads: u32) -> Self {
-        Self::with_order(threads, false)
-    }
-
-    /// A device that runs blocks, warps and lanes first to last, or last to first.
+    /// A device whose kernels run on `threads` threads of the system, blocks, warps and lanes first to last or last to
+    /// first.
     pub(crate) fn with_order(threads: u32, backwards: bool) -> Self {
         let properties = Properties {
             name: "emulated on the host".to_owned(),
@@ -93,7 +88,6 @@ impl Emulator {
     }
 
     /// Whether it runs last to first.
-    #[allow(dead_code, reason = "not every test that uses the emulator asks")]
     pub(crate) fn backwards(&self) -> bool {
         self.backwards
     }

@@ -1,4 +1,5 @@
-//! The CUDA backend over kernels that the emulator runs on the host, within the gates for bf16.
+//! The CUDA backend over kernels that the emulator runs on the host, within the gates for bf16. With `PHALANX_TEST_GPU=1` a
+//! real GPU runs them.
 
 use phalanx_proto::{
     ids::TokenId,
@@ -11,23 +12,23 @@ use phalanx_worker::{
 
 use crate::{
     Candidate,
-    emulator::Emulator,
     files::{golden, nano, prompts},
     group::{Division, run},
+    machine::Machine,
     nano::answers,
     session::{Session, argmax},
 };
 
-type Emulated = CudaBackend<Emulator>;
+type Cuda = CudaBackend<Machine>;
 
-impl Candidate for Emulated {
+impl Candidate for Cuda {
     // Not held to single logits: see the gates below.
     const LOGIT_TOLERANCE: f32 = f32::INFINITY;
     // A multiple of 8, as the kernels want it, and no divisor of the window.
     const BLOCK_SIZE: usize = 24;
 
     fn make(arithmetic: Arithmetic) -> Self {
-        Self::new(arithmetic, Emulator::new(1)).unwrap()
+        Self::new(arithmetic, Machine::new(1, false)).unwrap()
     }
 }
 
@@ -43,7 +44,7 @@ const CLOSE: f64 = 0.12;
 fn logits_are_within_the_gate(name: &str, division: Division, longest: usize) {
     for (index, prompt) in prompts(name).iter().enumerate().filter(|(_, prompt)| prompt.ids.len() <= longest) {
         let what = format!("{name} prompt {index} at {division:?}");
-        let found = run(&golden(name), division, |model: Model<Emulated>, end| {
+        let found = run(&golden(name), division, |model: Model<Cuda>, end| {
             Session::new(model, end, &[prompt.ids.len()], CHUNK).prefill(0, &prompt.ids, CHUNK, &prompt.positions)
         });
         let expected = prompt.logits.floats();
@@ -67,7 +68,7 @@ fn answers_are_golden(division: Division) {
     let answers = answers();
     let asked: Vec<_> = answers.iter().map(|answer| (answer.prompt.clone(), answer.completion.len())).collect();
     let lengths: Vec<_> = asked.iter().map(|(prompt, more)| prompt.len() + more).collect();
-    let outputs: Vec<Vec<TokenId>> = run(&nano(), division, |model: Model<Emulated>, end| {
+    let outputs: Vec<Vec<TokenId>> = run(&nano(), division, |model: Model<Cuda>, end| {
         Session::new(model, end, &lengths, CHUNK).greedy(&asked, CHUNK)
     });
     let mut left = 0;

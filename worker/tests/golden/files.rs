@@ -1,20 +1,22 @@
 //! Golden files, which lie in the repository.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use phalanx_proto::ids::TokenId;
 
+/// The crate's folder: where it was built, unless `CARGO_MANIFEST_DIR` says where it was brought.
+fn crate_folder() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 /// The folder of golden data.
 pub(crate) fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/golden").join(name)
+    crate_folder().join("../tests/data/golden").join(name)
 }
 
 /// The bundled model.
 pub(crate) fn nano() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/models/nano")
+    crate_folder().join("../deploy/models/nano")
 }
 
 /// A tensor of a golden file.

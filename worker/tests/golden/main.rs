@@ -24,6 +24,9 @@ mod files;
 mod group;
 #[path = "../in_process/mod.rs"]
 mod in_process;
+#[cfg(target_arch = "x86_64")]
+#[path = "../emulator/machine.rs"]
+mod machine;
 mod nano;
 mod precisions;
 mod recorder;
