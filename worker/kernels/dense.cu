@@ -4,7 +4,7 @@
 // The matrix's rows are the M of the product and the activations' rows its N, 8 to a tile. A lane's 16-byte load holds 8
 // neighbours along the contracted axis, which fill two fragments: the sum runs over them in another order than they lie in
 // memory, and the activations are read in the same order.
-#include <prelude.cuh>
+#include <products.cuh>
 
 struct GemvArguments {
     const bf16* weight;  // [outputs, inputs]
@@ -17,9 +17,6 @@ struct GemvArguments {
     u32 splits;          // warps that share a stripe of 16 outputs; divides the warps of a block
     u32 stride;          // values from a row of y to the next
 };
-
-// A stripe's sums, `[tile][value]`, in the layout of the mma's result.
-template <int tiles> struct Sums { float of[tiles][4]; };
 
 // Sums of 16 outputs from `first` on over inputs [begin, end), multiples of 32, for 8 * tiles rows of x.
 template <int tiles>
@@ -59,9 +56,6 @@ DEVICE Sums<tiles> stripe_sums(const GemvArguments& args, u32 first, u32 first_r
     return sums;
 }
 
-DEVICE void write(float* y, u64 at, float value) { y[at] = value; }
-DEVICE void write(bf16* y, u64 at, float value) { y[at] = to_bf16(value); }
-
 // Blocks (x) take stripes of 16 outputs, blocks (y) take 8 * tiles rows. Shared memory: 512 * tiles bytes a warp.
 template <int tiles, typename Out> DEVICE void gemv(const GemvArguments& args) {
     const u32 warps = blockDim.x / 32, splits = args.splits;
@@ -71,17 +65,8 @@ template <int tiles, typename Out> DEVICE void gemv(const GemvArguments& args) {
     const u32 steps = args.inputs / 32, begin = steps * part / splits, end = steps * (part + 1) / splits;
     Sums<tiles> sums = {};
     if (present && begin < end) sums = stripe_sums<tiles>(args, first, first_row, 32 * begin, 32 * end);
-    float* scratch = reinterpret_cast<float*>(shared_memory());  // [warps][tiles][4][32]
-    if (splits > 1) {
-        for (int tile = 0; tile < tiles; ++tile)
-            for (int i = 0; i < 4; ++i) scratch[((warp_id() * tiles + tile) * 4 + i) * 32 + lane_id()] = sums.of[tile][i];
-        __syncthreads();
-    }
-    if (!present || part != 0) return;
-    for (u32 other = 1; other < splits; ++other)
-        for (int tile = 0; tile < tiles; ++tile)
-            for (int i = 0; i < 4; ++i)
-                sums.of[tile][i] += scratch[(((warp_id() + other) * tiles + tile) * 4 + i) * 32 + lane_id()];
+    const bool whole = gather_parts<tiles>(sums, part, splits);
+    if (!whole || !present) return;
     const u32 g = lane_id() / 4, t = lane_id() % 4;
     for (int tile = 0; tile < tiles; ++tile)
         for (int i = 0; i < 4; ++i) {

@@ -1,5 +1,6 @@
 // The experts' products for few rows an expert (decoding): every weight is read once and unpacked in registers.
 #include <experts.cuh>
+#include <products.cuh>
 
 struct RepackArguments {
     const u8* blocks;   // [experts, rows, blocks, 16] as in the checkpoint, low nibble first
@@ -56,8 +57,6 @@ struct Work {
     u32 pairs;   // how many pairs there are from there on, maybe none
 };
 
-template <int tiles> struct Sums { float of[tiles][4]; };
-
 // Sums of a stripe for 8 * tiles pairs from place `first` on, this warp's part of the contracted axis. `divisor` turns a
 // pair into a row of x; 0 means that x is ordered by place.
 template <int tiles>
@@ -94,22 +93,6 @@ DEVICE Sums<tiles> stripe_sums(const ExpertsArguments& args, const Work& work, u
         }
     }
     return sums;
-}
-
-// Adds the parts of a stripe. True for the warp that has the whole. All warps of the block must come.
-template <int tiles> DEVICE bool gather_parts(Sums<tiles>& sums, u32 part, u32 splits) {
-    float* scratch = reinterpret_cast<float*>(shared_memory());  // [warps][tiles][4][32]
-    if (splits == 1) return true;
-    __syncthreads();
-    for (int tile = 0; tile < tiles; ++tile)
-        for (int i = 0; i < 4; ++i) scratch[((warp_id() * tiles + tile) * 4 + i) * 32 + lane_id()] = sums.of[tile][i];
-    __syncthreads();
-    if (part != 0) return false;
-    for (u32 other = 1; other < splits; ++other)
-        for (int tile = 0; tile < tiles; ++tile)
-            for (int i = 0; i < 4; ++i)
-                sums.of[tile][i] += scratch[(((warp_id() + other) * tiles + tile) * 4 + i) * 32 + lane_id()];
-    return true;
 }
 
 template <int tiles, bool gated>

@@ -3,7 +3,7 @@
 //
 // A stage holds 64 values along the contracted axis: a row of it is 128 bytes, eight chunks of 16. Chunk c of row r lies
 // at c ^ (r % 8), so that the eight rows that ldmatrix reads at a time touch every bank once.
-#include <prelude.cuh>
+#include <products.cuh>
 
 struct GemmArguments {
     const bf16* weight;  // [outputs, inputs]
@@ -73,9 +73,6 @@ DEVICE void multiply_stage(float (&sums)[M_TILES][N_TILES][4], const bf16* weigh
             for (u32 n = 0; n < N_TILES; ++n) mma_bf16(sums[m][n], a[m], b[n]);
     }
 }
-
-DEVICE void write(float* y, u64 at, float value) { y[at] = value; }
-DEVICE void write(bf16* y, u64 at, float value) { y[at] = to_bf16(value); }
 
 // Blocks (x) take 128 outputs, blocks (y) 128 rows. Shared memory: 96 KiB.
 template <typename Out> DEVICE void gemm(const GemmArguments& args) {

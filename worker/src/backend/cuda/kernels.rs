@@ -20,8 +20,14 @@ macro_rules! file {
 }
 
 /// What kernels include.
-pub const HEADERS: [KernelFile; 5] =
-    [file!("prelude.cuh"), file!("instructions.cuh"), file!("mxfp4.cuh"), file!("experts.cuh"), file!("attention.cuh")];
+pub const HEADERS: [KernelFile; 6] = [
+    file!("prelude.cuh"),
+    file!("instructions.cuh"),
+    file!("products.cuh"),
+    file!("mxfp4.cuh"),
+    file!("experts.cuh"),
+    file!("attention.cuh"),
+];
 /// Embedding, norms, sums, conversions.
 pub const ROWS: KernelFile = file!("rows.cu");
 /// Products with dense matrices for few rows.
